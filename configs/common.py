@@ -1,0 +1,66 @@
+"""What the configs share: sizes, pixel budgets, meshes.  Data only, no pixel_jax import."""
+
+from ml_collections import ConfigDict
+
+SIZES = ("tiny", "3b", "7b", "32b", "72b")
+TOKEN = 28 * 28  # pixels of one visual token
+
+
+def parse_arg(arg, **options):
+  """ "7b,base" -> {"size": "7b", "base": True}: the size first, then any of `options`.
+
+  Every option is a flag that is off by default; an unknown word is an error that lists
+  the known ones.
+  """
+  words = [w for w in (arg or "tiny").split(",") if w]
+  size, flags = words[0], words[1:]
+  if size not in SIZES:
+    raise ValueError(
+      f"config size {size!r} is unknown; choose one of {', '.join(SIZES)}"
+    )
+  unknown = [w for w in flags if w not in options]
+  if unknown:
+    known = ", ".join(options) or "none"
+    raise ValueError(f"config option {unknown[0]!r} is unknown; known here: {known}")
+  return ConfigDict(dict(size=size, **{k: k in flags for k in options}))
+
+
+def model(size):
+  """Keyword arguments of `start.model_config`: the size and how it is computed."""
+  if size == "tiny":  # two layers run faster unrolled on a CPU; nothing to save memory
+    return dict(
+      name="tiny", dtype="float32", remat="none", scan_layers=False, logp_chunk=65536
+    )
+  return dict(
+    name=size, dtype="bfloat16", remat="full", scan_layers=True, logp_chunk=1024
+  )
+
+
+def codec(size):
+  """Keyword arguments of `start.codec`: the prompt and the pixels of each role.
+
+  A budget is (fewest, most) pixels.  Published sizes: pixel_reasoner.md 1.9, the RL
+  column; the crop's upper bound is what zooming buys, so it is not lowered below it.
+  """
+  if size == "tiny":  # one size per role, so that every prompt has the same length
+    budgets = dict(
+      image=(84 * 84, 84 * 84),
+      video=(28 * 28, 28 * 28),
+      crop=(2400, 4700),  # 56 x 56 for every box that is about square
+      frame=(112 * 112, 112 * 112),
+    )
+    return dict(profile="clean", budgets=budgets, video_frames=8)
+  budgets = dict(
+    image=(4 * TOKEN, 2000 * TOKEN),
+    video=(4 * TOKEN, 512 * TOKEN),
+    crop=(4 * TOKEN, 1000 * TOKEN),
+    frame=(4 * TOKEN, 400 * TOKEN),
+  )
+  return dict(profile="clean", budgets=budgets, video_frames=16)
+
+
+def mesh(size):
+  """Keyword arguments of `parallel.make_mesh`; -1 takes the devices that are left."""
+  if size == "tiny":
+    return dict(data=1, fsdp=1, tensor=1)
+  return dict(data=1, fsdp=-1, tensor=1)

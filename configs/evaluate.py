@@ -1,0 +1,35 @@
+"""Policies side by side on one split: free, forbidden to operate, forced to operate.
+
+  python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny --workdir=DIR \\
+      --config.policies=BASE=runs/base,SFT=runs/sft,RL=runs/rl
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg="tiny"):
+  arg = common.parse_arg(arg)
+  c = ConfigDict()
+  c.seed = 1
+  c.policies = (
+    ""  # NAME=DIR,NAME=DIR: workdirs or converted checkpoints, in table order
+  )
+  c.modes = ("free", "forbidden", "forced")
+  c.model = common.model(arg.size)
+  c.codec = common.codec(arg.size)
+  c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
+  c.engine = dict(
+    slots=64, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
+  )
+  c.rollout = dict(
+    temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
+  )
+  if arg.size == "tiny":
+    c.data.update(uri="world:test", tasks=1024)
+    c.engine.update(
+      slots=192, max_len=112, prompt_len=32, extend_len=40, patches=1024, chunk=16
+    )
+    c.rollout.update(max_turns=3, max_new_tokens=16)
+  return c

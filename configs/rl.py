@@ -1,0 +1,81 @@
+"""Curiosity-driven GRPO from the SFT checkpoint (--config.init=DIR).
+
+  python -m pixel_jax.train_rl --config=configs/rl.py:tiny --workdir=DIR
+  python -m pixel_jax.train_rl --config=configs/rl.py:7b --workdir=DIR
+
+With --config.reward.alpha=0.0 the learning trap closes.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg="tiny"):
+  arg = common.parse_arg(arg)
+  tiny = arg.size == "tiny"
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 33  # syncs of the published run (pixel_reasoner.md 3.1)
+  c.save_every = 5
+  c.eval_every = 5
+  c.init = ""  # a workdir or a converted checkpoint
+  c.keep_trajectories_every = 1  # steps
+  c.model = common.model(arg.size)
+  c.codec = common.codec(arg.size)
+  c.mesh = common.mesh(arg.size)
+  c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
+  c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
+  c.engine = dict(  # rollout.Engine
+    slots=128, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
+  )
+  c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
+    temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
+  )
+  c.reward = dict(alpha=0.5, beta=0.05, H=0.3, N=1, variant="paper", count="success")
+  c.rl = dict(
+    prompts_per_step=512,
+    group_size=8,
+    minibatches=16,
+    std=False,  # as released
+    rows=64,  # of one micro-batch
+    tokens=16384,
+    patches=32768,
+  )
+  c.loss = dict(clip=(0.2, 0.28))  # grpo.loss
+  c.replay = dict(alpha=1.0, keep_steps=0, refill=True)
+  c.optim = dict(
+    lr=1e-6,
+    schedule="cosine",
+    warmup_steps=16,
+    final_lr_ratio=0.5,
+    b1=0.9,
+    b2=0.95,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    freeze=(),
+  )
+  if tiny:
+    c.total_steps = 150
+    c.save_every = 50
+    c.eval_every = 50
+    c.keep_trajectories_every = 25
+    c.data.update(uri="world:train", shards=4)
+    c.eval.update(uri="world:val", tasks=256)
+    c.engine.update(
+      slots=192, max_len=112, prompt_len=32, extend_len=40, patches=1024, chunk=16
+    )
+    c.rollout.update(max_turns=3, max_new_tokens=16)
+    c.rl.update(
+      prompts_per_step=24,
+      minibatches=1,
+      std=True,  # what was measured: tiny_world.md
+      rows=24,
+      tokens=384,
+      patches=256,
+    )
+    c.replay.update(refill=False)  # uniform groups are dropped, nothing is drawn twice
+    c.optim.update(
+      lr=2e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
+    )
+  return c

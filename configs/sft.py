@@ -1,0 +1,70 @@
+"""Supervised fine-tuning: the warm start that teaches the protocol of operations.
+
+  python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base --workdir=BASE
+  python -m pixel_jax.train_sft --config=configs/sft.py:tiny --workdir=DIR
+  python -m pixel_jax.train_sft --config=configs/sft.py:7b --workdir=DIR
+
+All but the first want --config.init=DIR.  `tiny,base` stands in for what Qwen2.5-VL
+brings along (it can point and read); `tiny` is the paper's SFT on few, imprecise
+traces, which is what sets the learning trap.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg="tiny"):
+  arg = common.parse_arg(arg, base=False)
+  tiny = arg.size == "tiny"
+  c = ConfigDict()
+  c.seed = 0
+  c.total_steps = 246  # the published warm start (pixel_reasoner.md 2.6)
+  c.save_every = 50
+  c.eval_every = 50
+  c.init = ""  # a workdir or a converted checkpoint; "" = random weights
+  c.model = common.model(arg.size)
+  c.codec = common.codec(arg.size)
+  c.mesh = common.mesh(arg.size)
+  c.data = dict(  # pipeline.batches
+    uri="jsonl:train.jsonl",
+    root="",
+    rows=128,  # of the global batch
+    tokens=8192,  # of a row
+    patches=16384,  # of a row
+    pack_window=256,  # examples of a shard packed together
+    shards=8,
+    max_bad_share=0.01,
+  )
+  c.optim = dict(  # optim.make
+    lr=1e-6,
+    schedule="cosine",
+    warmup_steps=25,
+    final_lr_ratio=0.0,
+    b1=0.9,
+    b2=0.999,
+    weight_decay=0.0,
+    clip_norm=1.0,
+    freeze=("^vision/",),  # tower and merger, as in the paper
+  )
+  c.eval = dict(batches=2, uri="jsonl:val.jsonl")
+  if tiny:
+    c.data.update(
+      uri="world:train", rows=32, tokens=96, patches=128, pack_window=16, shards=4
+    )
+    c.eval.update(uri="world:val")
+    c.optim.update(b2=0.98, weight_decay=0.01, freeze=(), final_lr_ratio=0.2)
+    c.synthesis = dict(  # synthesize.trajectory
+      kinds={"image/single": 0.75, "video/single": 0.25},
+      operation_share=0.15,  # few ...
+      jitter=2.0,  # ... and imprecise: this is the trap
+      edge_jitter=0.9,
+      answer_weight=3.0,
+    )
+    c.total_steps = 70
+    c.optim.update(lr=1e-3, warmup_steps=10)
+  if tiny and arg.base:
+    c.total_steps = 600
+    c.optim.update(lr=3e-3, warmup_steps=30)
+    c.synthesis.update(operation_share=0.6, jitter=0.0, edge_jitter=0.3)
+  return c

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# A fresh machine -> venv, install, tiny world, base skills, SFT, curiosity-driven RL,
+# evaluation, report.html.  What stands already is reused; a killed run continues.
+#
+#   ./launch/local.sh [WORKDIR]           the whole path, at most ten minutes on two cores
+#   ./launch/local.sh --trap [WORKDIR]    the RL run with alpha = 0 as long as the other
+#   ./launch/local.sh --fast [WORKDIR]    a few steps of every stage: does it all run?
+set -euo pipefail
+
+fast= trap= workdir=
+for argument in "$@"; do
+  case "$argument" in
+    --fast) fast=1 ;;
+    --trap) trap=1 ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "unknown option $argument; known: --fast --trap" >&2; exit 2 ;;
+    *) workdir=$argument ;;
+  esac
+done
+here=$(cd "$(dirname "$0")/.." && pwd)
+workdir=$(realpath -m "${workdir:-$here/runs/tiny${fast:+-fast}}")
+
+source "$here/launch/install.sh"
+export JAX_PLATFORMS=cpu
+mkdir -p "$workdir"
+started=$SECONDS
+
+stage() {  # stage NAME command...: runs it and says how long it took
+  local name=$1 began=$SECONDS
+  shift
+  printf '\n== %s\n' "$name"
+  "$@"
+  printf '== %s took %d s\n' "$name" $((SECONDS - began))
+}
+few=() ; test_few=()
+if [ -n "$fast" ]; then
+  few=(--config.total_steps=2 --config.eval_every=2)
+  test_few=(--config.data.tasks=16)
+fi
+rl_few=("${few[@]}")
+[ -z "$fast" ] || rl_few+=(--config.rl.prompts_per_step=4 --config.eval.tasks=8)
+
+stage "base skills" python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base \
+  --workdir="$workdir/base" "${few[@]}"
+stage "SFT" python -m pixel_jax.train_sft --config=configs/sft.py:tiny \
+  --workdir="$workdir/sft" --config.init="$workdir/base" "${few[@]}"
+stage "RL with curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:tiny \
+  --workdir="$workdir/rl" --config.init="$workdir/sft" "${rl_few[@]}"
+stage "RL without curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:tiny \
+  --workdir="$workdir/rl_alpha0" --config.init="$workdir/sft" --config.reward.alpha=0.0 \
+  "${rl_few[@]}"
+stage "evaluation" python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny \
+  --workdir="$workdir/eval" "${test_few[@]}" \
+  --config.policies="BASE=$workdir/base,SFT=$workdir/sft,RL=$workdir/rl,RL alpha=0=$workdir/rl_alpha0"
+stage "report" python tools/view.py "$workdir" --out="$workdir/report.html"
+printf '\nAll of it took %d s. Open %s\n' $((SECONDS - started)) "$workdir/report.html"

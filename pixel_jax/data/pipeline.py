@@ -1,0 +1,448 @@
+"""The pipeline: source -> traces -> packed rows, in an order that the seed decides.
+
+The data is cut into logical shards: record i belongs to shard i % shards.  Each shard
+has its own order (grain), is packed by itself a window of records at a time, and fills
+a fixed block of rows of every batch.  A host owns a contiguous block of shards.  So 1,
+2 and 4 hosts see the same global batches, and threads only decode and resize.
+
+  records of a shard   |-- window 0 --|-- window 1 --|--      shuffled anew every epoch
+  after first_fit      |row|row|row|  |row|row|row|row|
+  batch 0, 1, ...       ^   ^   ^      ^                      state: window, next row
+
+A record that cannot be used goes to WORKDIR/quarantine.jsonl with the reason, and the
+run goes on until they are too many.  Batches are made ahead in a thread; the state
+describes what was consumed.  Not here: what an example is (`chat/encode.py`), devices.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import pathlib
+import queue
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from pixel_jax.chat import encode
+from pixel_jax.data import pack, sources, synthesize
+from pixel_jax.trajectory import Task, Trajectory
+
+# A share of very few records says nothing: it is taken of at least so many.
+FEW = 1000
+
+
+class DataError(ValueError):
+  """Settings that do not fit the data, or data that is mostly bad."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bad:
+  """A record that was set aside."""
+
+  index: int
+  reason: str
+
+
+def batches(
+  source: Any,
+  codec: encode.Codec,
+  *,
+  seed: int,
+  rows: int,
+  tokens: int,
+  patches: int,
+  pack_window: int = 256,
+  shards: int = 1,
+  max_bad_share: float = 0.01,
+  workdir: str | pathlib.Path | None = None,
+  host: int = 0,
+  hosts: int = 1,
+  threads: int = 1,
+  read_ahead: int = 3,
+) -> "Stream":
+  """Endless dicts of the fields of `Batch`: this host's block of `rows` packed rows.
+
+  Args:
+    source: of traces, or of tasks with `synthesis`.
+    rows: of the global batch; a multiple of `shards`.
+    tokens: T of a row.
+    patches: P of a row.
+    pack_window: records of a shard that are packed together.
+    max_bad_share: of the records of a shard; more is an error.
+    threads: that decode and resize; they do not change the batches.
+    read_ahead: batches made in advance.
+  """
+  pack.check_limits(tokens, patches)
+  mine = _own_shards(source, rows, shards, host, hosts, "rows")
+  each = rows // shards
+  quarantine = Quarantine(workdir, host, max_bad_share)
+  pool = concurrent.futures.ThreadPoolExecutor(threads) if threads > 1 else None
+
+  def make(index: int, rng: np.random.Generator):
+    def work():
+      example = _example(source, codec, index, rng)
+      pack.check_fits(example, tokens, patches)
+      return example
+
+    return attempt(index, work)
+
+  def produce(state):
+    streams = [
+      _rows(
+        _ordered(source, s, shards, seed, make),
+        state["shards"][str(s)],
+        quarantine.of_shard(s, len(range(s, len(source), shards))),
+        pool.map if pool else map,
+        (pack_window, tokens, patches),
+      )
+      for s in mine
+    ]
+    while True:
+      taken = [next(stream) for stream in streams for _ in range(each)]
+      batch = pack.collate([r for r, _ in taken], tokens, patches, len(taken))
+      after = [taken[(i + 1) * each - 1][1] for i in range(len(mine))]
+      yield batch, {**state, "shards": {str(s): a for s, a in zip(mine, after)}}
+
+  layout = {
+    "seed": seed,
+    "shards": shards,
+    "records": len(source),
+    "pack_window": pack_window,
+    "tokens": tokens,
+    "patches": patches,
+  }
+  start = {"window": 0, "row": 0, "bad": 0, "counts": [0, 0]}
+  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
+
+
+def tasks(
+  source: Any,
+  *,
+  seed: int,
+  shards: int,
+  batch: int,
+  max_bad_share: float = 0.01,
+  workdir: str | pathlib.Path | None = None,
+  host: int = 0,
+  hosts: int = 1,
+  read_ahead: int = 2,
+) -> "Stream":
+  """Endless lists of Task: this host's block of `batch` questions.
+
+  A question whose answer is missing or whose media cannot be read is set aside, so that
+  no rollout meets it.
+  """
+  mine = _own_shards(source, batch, shards, host, hosts, "batch")
+  each = batch // shards
+  quarantine = Quarantine(workdir, host, max_bad_share)
+
+  def make(index: int, shard: int):
+    def work():
+      record = source[index]
+      task = record.task if isinstance(record, Trajectory) else record
+      sources.check_task(task)
+      for media in task.media:
+        source.load_media(media)
+      return dataclasses.replace(task, shard=shard)
+
+    return attempt(index, work)
+
+  def produce(state):
+    streams = [
+      _tasks(
+        _ordered(source, s, shards, seed, lambda i, rng, s=s: make(i, s)),
+        state["shards"][str(s)],
+        quarantine.of_shard(s, len(range(s, len(source), shards))),
+      )
+      for s in mine
+    ]
+    while True:
+      taken = [next(stream) for stream in streams for _ in range(each)]
+      after = [taken[(i + 1) * each - 1][1] for i in range(len(mine))]
+      shards_after = {str(s): a for s, a in zip(mine, after)}
+      yield [task for task, _ in taken], {**state, "shards": shards_after}
+
+  layout = {"seed": seed, "shards": shards, "records": len(source)}
+  start = {"next": 0, "bad": 0, "counts": [0, 0]}
+  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
+
+
+def _own_shards(source, size, shards, host, hosts, name) -> range:
+  """The shards of a host; refuses what does not divide."""
+  if shards < 1 or shards % hosts or not 0 <= host < hosts:
+    raise DataError(
+      f"data.shards={shards} for host {host} of {hosts}; it must be a multiple of the "
+      "number of hosts. Choose a multiple of every host count you will use."
+    )
+  if size < 1 or size % shards:
+    raise DataError(
+      f"{name}={size} with data.shards={shards}: every shard fills the same number of "
+      f"them. Make {name} a multiple of {shards}."
+    )
+  if len(source) < shards:
+    raise DataError(
+      f"{len(source)} records for data.shards={shards}; every shard needs one at least"
+    )
+  each = shards // hosts
+  return range(host * each, (host + 1) * each)
+
+
+# ---- One shard -----------------------------------------------------------------------
+
+
+def _ordered(source, shard: int, shards: int, seed: int, make: Callable):
+  """grain's endless, random-access order of a shard, each record through `make`."""
+  indices = range(shard, len(source), shards)
+  # grain's seed is 32 bits; neighbours in (seed, shard) must not be neighbours in it.
+  (mixed,) = np.random.SeedSequence((seed, shard)).generate_state(1)
+  order = grain.MapDataset.source(indices).seed(int(mixed)).shuffle().repeat()
+  return order.random_map(make)
+
+
+def _rows(ordered, state, set_aside, mapper, limits) -> Iterator[tuple[list, dict]]:
+  """The packed rows of a shard, each with the state behind it."""
+  window, skip, bad = state["window"], state["row"], state["bad"]
+  size, T, P = limits
+  while True:
+    first = window * size
+    good = [
+      made
+      for made in mapper(ordered.__getitem__, range(first, first + size))
+      if not set_aside.takes(made)
+    ]
+    now = bad + set_aside.new()
+    set_aside.check(first + size, now)
+    rows = pack.first_fit(good, T, P)
+    for r in range(skip, len(rows)):
+      after = {
+        "window": window,
+        "row": r + 1,
+        "bad": bad,
+        "counts": [first + size, now],
+      }
+      yield [good[i] for i in rows[r]], after
+    window, skip, bad = window + 1, 0, now
+
+
+def _tasks(ordered, state, set_aside) -> Iterator[tuple[Task, dict]]:
+  at, bad = state["next"], state["bad"]
+  while True:
+    made = ordered[at]
+    at += 1
+    if set_aside.takes(made):
+      bad += set_aside.new()
+      set_aside.check(at, bad)
+    else:
+      yield made, {"next": at, "bad": bad, "counts": [at, bad]}
+
+
+def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Example:
+  """The example of a record: a trace as it is, or one synthesized for a task."""
+  record = source[index]
+  if isinstance(record, Trajectory):
+    t = record
+    if t.profile != codec.profile:
+      raise sources.BadRecord(
+        f"the trace has the prompt profile {t.profile!r}, the run {codec.profile!r}"
+      )
+    if t.ids and max(t.ids) >= codec.tokenizer.vocab_size:
+      raise sources.BadRecord(
+        f"the trace has token {max(t.ids)}, the tokenizer {codec.tokenizer.vocab_size} "
+        "tokens; it was made with another tokenizer"
+      )
+    return encode.example(t, encode.redraw(t, codec, source.load_media))
+  if source.synthesis is None:
+    raise sources.BadRecord(
+      f"task {record.id} is a question without a trace; give the config a synthesis "
+      "section, or a file of trajectories"
+    )
+  sources.check_task(record)
+  made = synthesize.trajectory(
+    codec, record, rng, load_media=source.load_media, **source.synthesis
+  )
+  return encode.example(*made)
+
+
+# ---- Bad records ---------------------------------------------------------------------
+
+
+def attempt(index: int, work: Callable[[], Any]) -> Any:
+  """What `work` returns, or `Bad`: a decoder of a damaged file raises anything."""
+  try:
+    return work()
+  except Exception as error:
+    return Bad(int(index), f"{type(error).__name__}: {error}")
+
+
+class Quarantine:
+  """WORKDIR/quarantine.jsonl: every bad record once, with its shard and the reason."""
+
+  def __init__(self, workdir: str | pathlib.Path | None, host: int, share: float):
+    name = "quarantine.jsonl" if host == 0 else f"quarantine_{host}.jsonl"
+    self.path = pathlib.Path(workdir) / name if workdir else None
+    self.share = share
+    self._known: set[tuple[int, str]] = set()
+    if self.path and self.path.exists():
+      for line in self.path.read_text(encoding="utf-8").splitlines():
+        try:
+          d = json.loads(line)
+          self._known.add((d["index"], d["reason"]))
+        except (ValueError, KeyError, TypeError):
+          continue  # a killed run may leave half a line
+
+  def add(self, bad: Bad, shard: int) -> None:
+    key = (bad.index, bad.reason)
+    if key in self._known:
+      return
+    self._known.add(key)
+    if self.path:
+      self.path.parent.mkdir(parents=True, exist_ok=True)
+      line = json.dumps({"index": bad.index, "shard": shard, "reason": bad.reason})
+      with self.path.open("a", encoding="utf-8") as f:
+        f.write(line + "\n")
+
+  def of_shard(self, shard: int, records: int) -> "SetAside":
+    return SetAside(self, shard, records)
+
+
+class SetAside:
+  """The bad records of a shard, and when there are too many of them."""
+
+  def __init__(self, quarantine: Quarantine, shard: int, records: int):
+    self.quarantine, self.shard, self.records = quarantine, shard, records
+    self._new, self._last = 0, ""
+
+  def takes(self, made: Any) -> bool:
+    if not isinstance(made, Bad):
+      return False
+    self.quarantine.add(made, self.shard)
+    self._new += 1
+    self._last = made.reason
+    return True
+
+  def new(self) -> int:
+    """How many since the last call."""
+    new, self._new = self._new, 0
+    return new
+
+  def check(self, seen: int, bad: int) -> None:
+    allowed = self.quarantine.share * max(seen, FEW)
+    nothing_good = bad == seen and seen >= self.records
+    if bad > allowed or nothing_good:
+      raise DataError(
+        f"{bad} of {seen} records of shard {self.shard} cannot be used, more than "
+        f"data.max_bad_share={self.quarantine.share} allows. The last: {self._last}. "
+        f"All are in {self.quarantine.path or 'no file: give a workdir'}; repair them, "
+        "or raise data.max_bad_share."
+      )
+
+
+# ---- State and reading ahead ---------------------------------------------------------
+
+
+class Stream:
+  """An endless iterator with a state, filled by a thread of its own.
+
+  The state is JSON: {"layout": ..., "shards": {"0": ...}}, the shards of this host; the
+  states of several hosts are joined by joining their shards.
+  """
+
+  def __init__(self, produce, layout: dict, shards: dict[str, dict], read_ahead: int):
+    self._produce, self._depth = produce, read_ahead
+    self._state = {"layout": layout, "shards": shards}
+    self._reader: _Reader | None = None
+
+  def __iter__(self) -> "Stream":
+    return self
+
+  def __next__(self) -> Any:
+    if self._reader is None:
+      self._reader = _Reader(self._produce, self._state, self._depth)
+      # The thread must not keep this object alive, nor outlive it.
+      weakref.finalize(self, self._reader.stop)
+    value, self._state = self._reader.take()
+    return value
+
+  def get_state(self) -> dict:
+    """Where the next item begins; as if nothing had been read ahead."""
+    return json.loads(json.dumps(self._state))
+
+  def set_state(self, state: dict) -> None:
+    """Goes on behind what was consumed when `state` was taken."""
+    mine = self._state
+    different = {
+      k: (state["layout"].get(k), v)
+      for k, v in mine["layout"].items()
+      if state["layout"].get(k) != v
+    }
+    missing = sorted(set(mine["shards"]) - set(state["shards"]), key=int)
+    if different or missing:
+      raise DataError(
+        f"the data of the saved run differs (saved, now): {different}; shards without "
+        f"a state: {missing}. Continue with the same data section, or start a new run."
+      )
+    self.close()
+    shards = {s: state["shards"][s] for s in mine["shards"]}
+    self._state = {"layout": mine["layout"], "shards": shards}
+
+  def counts(self) -> dict[str, float]:
+    """Metrics of what was consumed: records read, and those set aside."""
+    seen, bad = (
+      sum(s["counts"][i] for s in self._state["shards"].values()) for i in (0, 1)
+    )
+    return {"data/records": float(seen), "data/bad_records": float(bad)}
+
+  def close(self) -> None:
+    """Ends the thread; the next item starts another."""
+    if self._reader:
+      self._reader.stop()
+      self._reader = None
+
+
+class _Reader:
+  """The thread that makes items ahead of their use."""
+
+  def __init__(self, produce, state: dict, depth: int):
+    self._queue: queue.Queue = queue.Queue(max(depth, 1))
+    self._stopped = threading.Event()
+    # Only queue and event: a reference to `self` would keep a forgotten stream alive.
+    run = functools.partial(_fill, produce, state, self._queue, self._stopped)
+    self._thread = threading.Thread(target=run, daemon=True, name="pixel_jax data")
+    self._thread.start()
+    self._error: Exception | None = None
+
+  def take(self) -> tuple[Any, dict]:
+    if self._error is None:
+      item = self._queue.get()
+      if not isinstance(item, Exception):
+        return item
+      self._error = item
+    raise self._error
+
+  def stop(self) -> None:
+    self._stopped.set()
+    if threading.current_thread() is not self._thread:
+      self._thread.join(timeout=10)
+
+
+def _fill(produce, state, items: queue.Queue, stopped: threading.Event) -> None:
+  def put(item) -> bool:
+    while not stopped.is_set():
+      try:
+        items.put(item, timeout=0.1)
+        return True
+      except queue.Full:
+        continue
+    return False
+
+  try:
+    for item in produce(state):
+      if not put(item):
+        return
+  except Exception as error:  # raised again where the item is taken
+    put(error)

@@ -1,0 +1,76 @@
+"""Policies side by side on one split; writes evaluation.json and its trajectories.
+
+  python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny --workdir=DIR \\
+      --config.policies=SFT=runs/sft,RL=runs/rl
+"""
+
+import json
+
+from tqdm import tqdm
+
+from pixel_jax import parallel, start, trajectory
+from pixel_jax.data import sources, world
+from pixel_jax.evals import common
+from pixel_jax.rollout import engine
+
+
+def main(config, workdir):
+  start.open_workdir(workdir, config)
+  mesh = parallel.make_mesh()
+  named = dict(p.split("=", 1) for p in config.policies.split(",") if "=" in p)
+  if not named:
+    raise start.ConfigError(
+      f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
+    )
+  rows = []
+  for name, init in named.items():
+    policy = start.open_policy(
+      init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
+    )
+    source = sources.open_source(
+      config.data.uri, root=config.data.root, codec=policy.codec
+    )
+    tasks = [source[i] for i in range(min(config.data.tasks, len(source)))]
+    rollouts = start.call(
+      "engine", engine.Engine, policy.config, policy.codec, **config.engine
+    )
+    modes = {}
+    for mode in tqdm(config.modes, desc=name, leave=False):
+      played = common.play(
+        rollouts,
+        parallel.engine_params(policy.params),
+        tasks,
+        mode=mode,
+        seed=config.seed,
+        load_media=source.load_media,
+        **config.rollout,
+      )
+      is_world = config.data.uri.startswith("world:")
+      modes[mode] = common.summarize(played, world.covers if is_world else None)
+      trajectory.write_jsonl(workdir / "trajectories" / f"{name}_{mode}.jsonl", played)
+    rows.append({"name": name, "policy": init, "modes": modes})
+    print(table(rows[-1:]))
+  result = {"split": config.data.uri, "temperature": config.rollout.temperature}
+  (workdir / "evaluation.json").write_text(
+    json.dumps(result | {"rows": rows}, indent=1)
+  )
+  print(f"done: {workdir}/evaluation.json, trajectories/")
+
+
+def table(rows: list[dict]) -> str:
+  """The rows as aligned text: accuracy [95 % interval], RaPR, coverage for each mode."""
+  lines = []
+  for row in rows:
+    for mode, m in row["modes"].items():
+      low, high = m["ci"]
+      lines.append(
+        f"{row['name']:<10} {mode:<10} accuracy {m['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+        f"  RaPR {m['rapr']:.3f}  covered {m.get('covered', float('nan')):.3f}"
+        f"  errors {m['error_rate']:.3f}  "
+        + " ".join(f"{k} {v['accuracy']:.2f}" for k, v in m["by"].items())
+      )
+  return "\n".join(lines)
+
+
+if __name__ == "__main__":
+  start.run(main)

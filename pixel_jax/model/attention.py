@@ -1,0 +1,165 @@
+"""Attention: one function of one meaning, and the banded form for vision windows.
+
+A query sees the keys of its segment and, where `causal`, those whose slot is not after
+its own.  Never by M-RoPE position: the tokens of an image share theirs.  Heads-first,
+q[B N T H], k and v [B K S H] (the layout of the cache).  The N query heads are K groups
+of G; k and v are never repeated in memory.  Softmax in f32.
+
+Padding is segment 0 like any other: padded queries give finite values nobody reads.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+NEVER = -1e30  # not -inf: a row that sees nothing stays finite
+SPAN = 128  # queries that share a prefix of keys, at least
+CHUNK = 256  # queries whose scores exist at one time, where there are many
+
+
+def attention(
+  q: Float[Array, "B N T H"],
+  k: Float[Array, "B K S H"],
+  v: Float[Array, "B K S H"],
+  *,
+  segment_q: Int[Array, "B T"] | None = None,
+  segment_k: Int[Array, "B S"] | None = None,
+  slot_q: Int[Array, "B T"] | None = None,
+  slot_k: Int[Array, "B S"] | None = None,
+  causal: bool,
+  impl: str = "xla",
+) -> Float[Array, "B N T H"]:
+  """Grouped-query attention.
+
+  Args:
+    segment_q, segment_k: who may see whom; both None = one segment.
+    slot_q, slot_k: order of queries and keys; None = their index.
+    impl: "xla", the reference that runs everywhere.
+
+  Where slots are indices, queries go in at most four spans, and a span reads only the
+  keys up to its last query.  Long spans are cut into chunks, one after the other, so
+  that scores of [T S] never exist, neither forward nor backward.
+  """
+  if impl != "xla":
+    raise ValueError(f"attention impl is {impl!r}; implemented: 'xla'.")
+  B, _, T, _ = q.shape
+  S = k.shape[2]
+  prefix = causal and slot_q is None and slot_k is None and T == S
+
+  def ids(x, length, used):  # broadcast to rows, so that they can be cut into chunks
+    if used and x is None:
+      x = jnp.arange(length)[None]
+    return jnp.broadcast_to(x, (B, length)) if used else None
+
+  segmented = segment_q is not None
+  queries = (ids(segment_q, T, segmented), ids(slot_q, T, causal))
+  keys = (ids(segment_k, S, segmented), ids(slot_k, S, causal))
+
+  size = max(SPAN, -(-T // 4)) if prefix else T
+  out = []
+  for start in range(0, T, size):
+    end = min(start + size, T)
+    seen = end if prefix else S
+    out.append(
+      _span(
+        q[:, :, start:end],
+        jax.tree.map(lambda x, start=start, end=end: x[:, start:end], queries),
+        k[:, :, :seen],
+        v[:, :, :seen],
+        jax.tree.map(lambda x, seen=seen: x[:, :seen], keys),
+      )
+    )
+  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=2)
+
+
+def window_attention(
+  q: Float[Array, "B N P H"],
+  k: Float[Array, "B N P H"],
+  v: Float[Array, "B N P H"],
+  *,
+  window: Int[Array, "B P"],
+  size: int,
+) -> Float[Array, "B N P H"]:
+  """Each patch sees its window, exactly, at the cost of three blocks of keys.
+
+  Patches lie in window order, so a window of at most `size` patches spans at most two
+  adjacent blocks of `size`: block i looks at blocks i-1, i and i+1 under a mask of
+  equal window ids.  No gather, no padding per image, several images a row.
+  """
+  B, N, P, H = q.shape
+  if 3 * size >= P:  # the band would be the whole row
+    return attention(q, k, v, segment_q=window, segment_k=window, causal=False)
+  blocks = -(-P // size)
+  pad = blocks * size - P
+
+  def block(x, fill=0):  # B N P .. -> B N blocks size ..
+    x = jnp.pad(x, [(0, 0), (0, 0), (0, pad), (0, 0)], constant_values=fill)
+    return x.reshape(*x.shape[:2], blocks, size, x.shape[-1])
+
+  def band(x, fill=0):  # the block before, itself, the block after
+    edge = jnp.full_like(x[:, :, :1], fill)
+    before = jnp.concatenate([edge, x[:, :, :-1]], axis=2)
+    after = jnp.concatenate([x[:, :, 1:], edge], axis=2)
+    return jnp.concatenate([before, x, after], axis=3)
+
+  ids = block(window[:, None, :, None], fill=-1)  # B 1 blocks size 1
+  mask = ids == jnp.swapaxes(band(ids, fill=-2), 3, 4)
+  scores = jnp.einsum(
+    "BNXQH,BNXSH->BNXQS", block(q), band(block(k)), preferred_element_type=jnp.float32
+  )
+  weights = jax.nn.softmax(jnp.where(mask, scores * H**-0.5, NEVER), axis=-1)
+  out = jnp.einsum("BNXQS,BNXSH->BNXQH", weights.astype(v.dtype), band(block(v)))
+  return out.reshape(B, N, -1, H)[:, :, :P]
+
+
+def _span(q, queries, k, v, keys):
+  """Dense attention, CHUNK queries at a time where there are many.
+
+  Args:
+    queries, keys: (segment, slot), i32[B ..] or None each.
+  """
+  B, N, T, H = q.shape
+  if T <= 2 * CHUNK:
+    return _attend(q, k, v, _mask(queries, keys))
+  n = -(-T // CHUNK)
+
+  def split(x, axis):  # .. T .. -> n .. CHUNK ..
+    pad = [(0, 0)] * x.ndim
+    pad[axis] = (0, n * CHUNK - T)
+    x = jnp.pad(x, pad)
+    x = x.reshape(*x.shape[:axis], n, CHUNK, *x.shape[axis + 1 :])
+    return jnp.moveaxis(x, axis, 0)
+
+  def chunk(xs):
+    q, queries = xs
+    return _attend(q, k, v, _mask(queries, keys))
+
+  # Recompute the scores in the backward pass rather than keep those of all chunks.
+  chunk = jax.checkpoint(chunk, prevent_cse=False)
+  xs = split(q, 2), jax.tree.map(lambda x: split(x, 1), queries)
+  out = jnp.moveaxis(jax.lax.map(chunk, xs), 0, 2)  # B N n CHUNK H
+  return out.reshape(B, N, -1, H)[:, :, :T]
+
+
+def _mask(queries, keys):
+  """bool[B T S]: same segment, and the key's slot not after the query's."""
+  (segment_q, slot_q), (segment_k, slot_k) = queries, keys
+  mask = None
+  if segment_q is not None:
+    mask = segment_q[:, :, None] == segment_k[:, None]
+  if slot_q is not None:
+    before = slot_q[:, :, None] >= slot_k[:, None]
+    mask = before if mask is None else mask & before
+  return mask
+
+
+def _attend(q, k, v, mask):
+  """Dense attention; mask bool[B T S] or None."""
+  B, N, T, H = q.shape
+  K = k.shape[1]
+  q = (q * H**-0.5).reshape(B, K, N // K, T, H)
+  scores = jnp.einsum("BKGTH,BKSH->BKGTS", q, k, preferred_element_type=jnp.float32)
+  if mask is not None:
+    scores = jnp.where(mask[:, None, None], scores, NEVER)
+  weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+  return jnp.einsum("BKGTS,BKSH->BKGTH", weights, v).reshape(B, N, T, H)

@@ -1,0 +1,110 @@
+"""Linear, RMSNorm, the gated MLP and `run`, shared by vision tower and text model.
+
+Every weight of a stack of blocks has a leading axis L; `run` hands each block its
+slice, so `__call__` sees one layer.  Not here: attention, rotary, anything that knows of
+pixels or tokens.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+PyTree = Any
+
+
+class Linear(nnx.Module):
+  """`einsum(equation, x, w) + b`: the one place where a weight meets an activation.
+
+  Args:
+    equation: such as "BTD,DNH->BNTH".  The letters of w that the result lacks are
+      contracted; they give the fan-in, and those it keeps are the axes of the bias.
+    sizes: of the letters of w.
+    layers: length of the leading axis L; None = not part of a stack.
+  """
+
+  def __init__(
+    self,
+    equation: str,
+    sizes: Sequence[int],
+    *,
+    bias: bool = False,
+    layers: int | None = None,
+    rngs: nnx.Rngs,
+  ):
+    inputs, out = equation.split("->")
+    letters = inputs.split(",")[1]
+    self.equation = equation
+    kept = [c in out for c in letters]
+    lead = () if layers is None else (layers,)
+    fan_in = 1
+    for size, keep in zip(sizes, kept, strict=True):
+      fan_in *= 1 if keep else size
+    init = jax.random.normal(rngs.params(), (*lead, *sizes)) * fan_in**-0.5
+    self.w = nnx.Param(init)
+    shape = [s for s, keep in zip(sizes, kept) if keep]
+    self.b = nnx.Param(jnp.zeros((*lead, *shape))) if bias else None
+    # The bias stands against the result with the axes it lacks as ones.
+    axes = [c for c, keep in zip(letters, kept) if keep]
+    self.bias_axes = tuple(i for i, c in enumerate(out) if c not in axes)
+
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    y = jnp.einsum(self.equation, x, self.w[...])
+    if self.b is None:
+      return y
+    return y + jnp.expand_dims(self.b[...], self.bias_axes)
+
+
+class RMSNorm(nnx.Module):
+  """Root mean square norm, computed in f32 whatever comes in."""
+
+  def __init__(self, width: int, eps: float, *, layers: int | None = None):
+    self.scale = nnx.Param(jnp.ones((width,) if layers is None else (layers, width)))
+    self.eps = eps
+
+  def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+    return (y * self.scale[...]).astype(x.dtype)
+
+
+def gated_mlp(block: nnx.Module, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+  """SwiGLU of a block's own gate, up and down."""
+  return block.down(jax.nn.silu(block.gate(x)) * block.up(x))
+
+
+def run(
+  blocks: nnx.Module,
+  body: Callable[[nnx.Module, PyTree, Any], PyTree],
+  carry: PyTree,
+  *,
+  scan: bool,
+  remat: str,
+) -> PyTree:
+  """Sends `carry` through a stack of blocks: carry = body(block, carry, index).
+
+  Args:
+    blocks: a module whose leaves have the leading axis L.
+    scan: one compiled block, looped over; else L copies of it.
+    remat: "full" keeps only the carry of each block for the backward pass.
+  """
+  graphdef, state = nnx.split(blocks)
+  depth = jax.tree.leaves(state)[0].shape[0]
+
+  def layer(index, carry, state):
+    return body(nnx.merge(graphdef, state), carry, index)
+
+  def wrap(step):  # a scan separates forward and backward by itself: CSE may run
+    return jax.checkpoint(step, prevent_cse=not scan) if remat == "full" else step
+
+  if scan:
+    step = wrap(lambda carry, xs: (layer(xs[1], carry, xs[0]), None))
+    return jax.lax.scan(step, carry, (state, jnp.arange(depth)))[0]
+  for i in range(depth):  # the index stays a Python number
+    step = wrap(functools.partial(layer, i))
+    carry = step(carry, jax.tree.map(lambda w, i=i: w[i], state))
+  return carry

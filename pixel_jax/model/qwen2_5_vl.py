@@ -1,0 +1,205 @@
+"""Qwen2.5-VL as pure functions: vision and text joined.  Read this first in the room.
+
+  params = init(config, key)
+  hidden = forward(config, params, batch)                 # f[B T D], normed
+  logp, entropy = token_logp(config, params, batch)       # of tokens[t] given the past
+  cache = init_cache(config, B, max_len)
+  hidden, cache = extend(config, params, cache, tokens, position, count, index)
+
+`config` is static (frozen, hashable), `params` a pure nested dict, f32 or any float;
+each function casts it to `config.dtype` before use, so that under FSDP the bf16 copy is
+what is gathered.  Nothing is jitted here but `init`: callers jit what they compose.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pixel_jax.batch import Batch, Cache
+from pixel_jax.model.config import ModelConfig
+from pixel_jax.model.text import Text
+from pixel_jax.model.vision import Vision
+
+Params = Any  # nested dict of arrays; paths as in the table of hf.py
+
+
+class Model(nnx.Module):
+  def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    self.vision = Vision(config, rngs)
+    self.text = Text(config, rngs)
+
+
+# ---- Parameters ----------------------------------------------------------------------
+
+
+def init(config: ModelConfig, key: jax.Array, shardings: Any = None) -> Params:
+  """Random f32 parameters, made where `shardings` (a tree, or None) puts them."""
+  return jax.jit(_init, static_argnums=0, out_shardings=shardings)(config, key)
+
+
+def abstract(config: ModelConfig) -> Params:
+  """The tree of `init` as ShapeDtypeStructs; costs nothing."""
+  return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+
+
+def _init(config: ModelConfig, key: jax.Array) -> Params:
+  return nnx.to_pure_dict(nnx.state(Model(config, nnx.Rngs(key)), nnx.Param))
+
+
+@functools.lru_cache(maxsize=16)
+def _graphdef(config: ModelConfig) -> Any:
+  return nnx.graphdef(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+
+
+def _model(config: ModelConfig, params: Params) -> Model:
+  """The modules around `params`, cast to the compute dtype; norm scales stay f32."""
+
+  def cast(path, x):
+    return x if path[-1].key == "scale" else x.astype(config.dtype)
+
+  return nnx.merge(_graphdef(config), jax.tree_util.tree_map_with_path(cast, params))
+
+
+# ---- Packed rows ---------------------------------------------------------------------
+
+
+def encode_vision(config: ModelConfig, params: Params, batch: Any) -> jax.Array:
+  """Features f[B M D] of the patches, in window order; M = P / 4.
+
+  Args:
+    batch: a `Batch`, or any object with patches, patch_pos, patch_image, patch_window.
+  """
+  B, P = batch.patches.shape[:2]
+  if P == 0:  # text only
+    return jnp.zeros((B, 0, config.text.width), config.dtype)
+  return _model(config, params).vision(
+    batch.patches, batch.patch_pos, batch.patch_image, batch.patch_window
+  )
+
+
+def forward(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
+  """Hidden states f[B T D] after the last norm."""
+  features = batch.features
+  if features is None:
+    features = encode_vision(config, params, batch)
+  x = _embed(config, params, batch.tokens, batch.vision_index, features)
+  return _model(config, params).text(x, batch.position, batch.segment)
+
+
+def token_logp(
+  config: ModelConfig, params: Params, batch: Batch, temperature: float = 1.0
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """Log-prob of tokens[t] and the entropy it was drawn from, f32[B T].
+
+  Both are of the distribution after the tokens before t in its segment; 0 at the first
+  token of a segment and at padding.  The logits of at most `config.logp_chunk` tokens
+  exist at a time: chunks of T, each recomputed in the backward pass, so rows may be
+  sharded.
+  """
+  hidden = forward(config, params, batch)
+  B, T = batch.tokens.shape
+  labels = jnp.roll(batch.tokens, -1, axis=1)  # position t - 1 predicts token t
+  text = _model(config, params).text
+
+  def score(hidden, labels):
+    logits = text.logits(hidden) / temperature
+    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    logits = logits - top
+    weights = jnp.exp(logits)
+    total = weights.sum(axis=-1)
+    label = jnp.arange(logits.shape[-1]) == labels[..., None]
+    # A masked sum, not a gather: its transpose is a select, not a scatter.
+    chosen = jnp.where(label, logits, 0).sum(axis=-1)
+    mean = (weights * logits).sum(axis=-1) / total
+    log_total = jnp.log(total)
+    return chosen - log_total, log_total - mean
+
+  chunk = max(1, config.logp_chunk // B)
+  if chunk >= T:
+    logp, entropy = score(hidden, labels)
+  else:
+    n = -(-T // chunk)
+    chunk = -(-T // n)
+    pad = n * chunk - T
+
+    def split(x):  # B T .. -> n B chunk ..
+      x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+      return jnp.swapaxes(x.reshape(B, n, chunk, *x.shape[2:]), 0, 1)
+
+    step = jax.checkpoint(lambda xs: score(*xs), prevent_cse=False)
+    out = jax.lax.map(step, (split(hidden), split(labels)))
+    logp, entropy = (jnp.swapaxes(x, 0, 1).reshape(B, -1)[:, :T] for x in out)
+
+  segment = batch.segment
+  known = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
+
+  def shift(x):
+    return jnp.pad(jnp.where(known, x[:, :-1], 0), [(0, 0), (1, 0)])
+
+  return shift(logp), shift(entropy)
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+  """f32[... V] of hidden states [... D] as `forward` and `extend` return them."""
+  x = hidden.reshape(1, -1, hidden.shape[-1])
+  y = _model(config, params).text.logits(x)
+  return y.reshape(*hidden.shape[:-1], y.shape[-1])
+
+
+# ---- Cache ---------------------------------------------------------------------------
+
+
+def init_cache(config: ModelConfig, batch: int, max_len: int) -> Cache:
+  """An empty cache for `batch` rows of at most `max_len` tokens."""
+  t = config.text
+  shape = (t.depth, batch, t.kv_heads, max_len, t.head_dim)
+  return Cache(
+    k=jnp.zeros(shape, config.dtype),
+    v=jnp.zeros(shape, config.dtype),
+    length=jnp.zeros((batch,), jnp.int32),
+  )
+
+
+def extend(
+  config: ModelConfig,
+  params: Params,
+  cache: Cache,
+  tokens: Int[Array, "R T"],
+  position: Int[Array, "R T 3"],
+  count: Int[Array, " R"],
+  vision_index: Int[Array, "R T"],
+  features: Float[Array, "R M D"] | None = None,
+  rows: Int[Array, " R"] | None = None,
+  *,
+  view: int | None = None,
+) -> tuple[Float[Array, "R T D"], Cache]:
+  """Appends tokens to the cache: prefill, a later turn, or (T = 1) a decoding step.
+
+  Row r writes its first `count[r]` tokens at the end of cache row `rows[r]` and attends
+  to all that lies there.  Tokens beyond the count change nothing, and what is returned
+  for them means nothing; a row with count 0 is left as it was.  Tokens beyond the end
+  of the cache are lost: the caller keeps length + count <= S.
+
+  Args:
+    features: what vision_index points to, row-local; None = text only.
+    rows: distinct rows of the cache; None = all of them, R = B.  An index >= B is
+      padding and is dropped.
+    view: attend to the first `view` slots only (static; length + count must fit in it).
+  """
+  x = _embed(config, params, tokens, vision_index, features)
+  view = cache.k.shape[3] if view is None else view
+  return _model(config, params).text.extend(x, position, count, cache, rows, view)
+
+
+def _embed(config, params, tokens, vision_index, features) -> jax.Array:
+  """Token embeddings, with vision features where vision_index points to one."""
+  x = params["text"]["embed"]["w"].astype(config.dtype)[tokens]
+  if features is None or features.shape[1] == 0:
+    return x
+  index = jnp.maximum(vision_index, 0)[..., None]
+  seen = jnp.take_along_axis(features.astype(x.dtype), index, axis=1)
+  return jnp.where(vision_index[..., None] < 0, x, seen)

@@ -1,0 +1,388 @@
+"""Processes, meshes and the one table that says how arrays are laid out.
+
+What it is not: it holds no parameters and knows no model; `model/hf.py` names the axes
+of every parameter, the table here says which mesh axis each name is cut along.
+
+  ("layer", "embed", "heads", "head_dim")  ->  P(None, "fsdp", "tensor", None)
+
+There is ONE device list, host-major: every mesh is a reshape of it, because jit refuses
+to move arrays between meshes that list the same devices in another order.  Importing
+this file touches no device.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from pixel_jax.batch import Batch
+
+log = logging.getLogger(__name__)
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = PartitionSpec(("data", "fsdp"))  # axis 0 of everything in a Batch
+
+# Logical axis -> mesh axis.  A mesh axis that a mesh lacks counts as absent, so one
+# table serves the train mesh and the engines' (engine, tensor) mesh.
+RULES: dict[str, str | None] = {
+  "vocab": "tensor",
+  "embed": "fsdp",
+  "heads": "tensor",
+  "kv_heads": "tensor",  # 4 in the 7B: replicated beyond tensor=4
+  "head_dim": None,
+  "mlp": "tensor",
+  "layer": None,  # the scan runs over it
+  # The tower: 1280 divides by up to 256, 3420 only by 4 (performance.md 4.3), so fsdp
+  # goes on the width.
+  "vision_embed": "fsdp",
+  "vision_heads": "tensor",
+  "vision_mlp": "tensor",
+}
+
+
+# ---- Processes -----------------------------------------------------------------------
+
+
+def initialize() -> None:
+  """Joins the other processes of this run where the environment names them.
+
+  That is the case under JAX_COORDINATOR_ADDRESS (with JAX_NUM_PROCESSES and
+  JAX_PROCESS_ID), in a SLURM step or an Open MPI job of several tasks, on a TPU slice
+  of several hosts, or with PIXEL_JAX_DISTRIBUTED=auto (jax then finds out by itself;
+  for TPU VMs, whose hosts are listed only by the metadata server).  Otherwise, and when
+  called again, nothing happens.
+  """
+  if jax.distributed.is_initialized():
+    return
+  env = os.environ
+  if env.get("JAX_COORDINATOR_ADDRESS"):
+    missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
+    if missing:
+      raise ValueError(
+        f"JAX_COORDINATOR_ADDRESS={env['JAX_COORDINATOR_ADDRESS']} is set but "
+        f"{' and '.join(missing)} not. Set all three, or none for a single process."
+      )
+    jax.distributed.initialize(
+      env["JAX_COORDINATOR_ADDRESS"],
+      num_processes=int(env["JAX_NUM_PROCESSES"]),
+      process_id=int(env["JAX_PROCESS_ID"]),
+    )
+  elif _is_many(env):
+    jax.distributed.initialize()
+
+
+def _is_many(env: Mapping[str, str]) -> bool:
+  """Whether a launcher that jax knows has started several processes."""
+  slurm = "SLURM_STEP_NODELIST" in env and int(env.get("SLURM_NTASKS", "1")) > 1
+  mpi = int(env.get("OMPI_COMM_WORLD_SIZE", "1")) > 1
+  tpu = "," in env.get("TPU_WORKER_HOSTNAMES", "")
+  slices = int(env.get("MEGASCALE_NUM_SLICES", "1")) > 1
+  return slurm or mpi or tpu or slices or env.get("PIXEL_JAX_DISTRIBUTED") == "auto"
+
+
+def devices() -> list[jax.Device]:
+  """The device list of the run: slice by slice, host by host."""
+  return sorted(
+    jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
+  )
+
+
+def barrier(name: str, timeout: int = 3600) -> None:
+  """Waits for the other processes, whose rollouts may take `timeout` seconds more.
+
+  jax's own barrier gives up after minutes; orbax's takes a timeout.
+  """
+  if jax.process_count() > 1:
+    from orbax.checkpoint import multihost  # here: importing orbax costs a second
+
+    multihost.sync_global_processes(name, timeout=timeout)
+
+
+def agree(value: Any, op: str = "all_equal") -> Any:
+  """Makes every process decide alike on something that was read from data.
+
+  Args:
+    value: all_equal: anything JSON can say. max, any, sum: a number, a bool or an array
+      of one shape on all processes.
+    op: "all_equal" returns the value and refuses when a process differs; "max", "any"
+      and "sum" combine.
+  """
+  if op not in ("all_equal", "max", "any", "sum"):
+    raise ValueError(f"agree: {op=} is unknown; use all_equal, max, any or sum")
+  if op == "all_equal":
+    text = json.dumps(value, sort_keys=True, default=str)
+    digests = _gather(hashlib.blake2b(text.encode(), digest_size=16).digest())
+    if len(set(digests)) > 1:
+      odd = [i for i, d in enumerate(digests) if d != digests[0]]
+      raise RuntimeError(
+        f"processes disagree: process {jax.process_index()} has {text[:200]}, and "
+        f"{odd} differ from process 0. They read other data, configs or code: check "
+        "that all hosts start from the same workdir, config and commit."
+      )
+    return value
+  array = np.asarray(value)
+  # Through bytes: jax would turn float64 and int64 into 32 bits.
+  parts = [np.frombuffer(b, array.dtype) for b in _gather(array.tobytes())]
+  stacked = np.stack(parts).reshape(-1, *array.shape)
+  result = {"max": np.max, "any": np.any, "sum": np.sum}[op](stacked, axis=0)
+  return result if array.shape else result.item()
+
+
+def gather_json(value: Any) -> list[Any]:
+  """The value of every process, in process order."""
+  data = json.dumps(value).encode()
+  length = agree(len(data), "max")
+  return [json.loads(b.rstrip(b" ")) for b in _gather(data.ljust(length, b" "))]
+
+
+def _gather(data: bytes) -> list[bytes]:
+  if jax.process_count() == 1:
+    return [data]
+  mine = np.frombuffer(data, np.uint8)
+  return [bytes(row) for row in np.asarray(multihost_utils.process_allgather(mine))]
+
+
+# ---- Meshes --------------------------------------------------------------------------
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+  """The train mesh over ("data", "fsdp", "tensor"); one size may be -1 (what is left).
+
+  Fewer devices than there are is allowed in a single process (the tiny model).
+  """
+  sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+  everything = devices()
+  free = [k for k, v in sizes.items() if v == -1]
+  if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
+    raise ValueError(f"mesh {sizes}: sizes are positive, and at most one is -1")
+  fixed = math.prod(v for v in sizes.values() if v != -1)
+  if free:
+    if len(everything) % fixed:
+      raise ValueError(
+        f"mesh {sizes}: {fixed} does not divide the {len(everything)} devices, so "
+        f"{free[0]}=-1 has no value. Choose divisors of {len(everything)}."
+      )
+    sizes[free[0]] = len(everything) // fixed
+  used = math.prod(sizes.values())
+  if used > len(everything) or (used < len(everything) and jax.process_count() > 1):
+    raise ValueError(
+      f"mesh {sizes} takes {used} devices, there are {len(everything)} on "
+      f"{jax.process_count()} processes. Set one size to -1 to use them all."
+    )
+  if used < len(everything):
+    _once(f"mesh {sizes} uses {used} of {len(everything)} devices")
+  if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
+    raise ValueError(
+      f"mesh {sizes}: a tensor group must lie within a host of "
+      f"{jax.local_device_count()} devices, so that each host fills whole rows. "
+      "Lower tensor and raise fsdp."
+    )
+  return _mesh(everything[:used], tuple(sizes.values()), AXES)
+
+
+def _mesh(
+  flat: list[jax.Device], shape: tuple[int, ...], names: tuple[str, ...]
+) -> Mesh:
+  # Auto spelled out: jax.make_mesh defaults to Explicit, which would demand sharding
+  # annotations all over the model (oracles.md 4).
+  grid = np.array(flat, dtype=object).reshape(shape)
+  return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+# ---- Layouts -------------------------------------------------------------------------
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def shardings(mesh: Mesh, logical_axes: dict, abstract: dict) -> dict:
+  """NamedShardings of a parameter tree.
+
+  Args:
+    logical_axes: nested dict whose leaves are tuples of logical names or None, one per
+      dimension.
+    abstract: the same tree with anything that has a shape.
+
+  A dimension that its mesh axis does not divide is replicated and logged once; two
+  dimensions of one array on the same mesh axis are an error.
+  """
+  return _shardings(mesh, logical_axes, abstract, "")
+
+
+def _shardings(mesh, names, abstract, path):
+  if isinstance(abstract, Mapping):
+    if not isinstance(names, Mapping) or names.keys() != abstract.keys():
+      has = sorted(names) if isinstance(names, Mapping) else names
+      raise ValueError(
+        f"axis names at {path or 'the root'!r} are {has}, the parameters have "
+        f"{sorted(abstract)}. Complete the table in model/hf.py."
+      )
+    join = f"{path}/" if path else ""
+    return {k: _shardings(mesh, names[k], v, join + k) for k, v in abstract.items()}
+  return NamedSharding(mesh, spec(mesh, names, abstract.shape, path))
+
+
+def spec(
+  mesh: Mesh, names: tuple, shape: tuple[int, ...], path: str = ""
+) -> PartitionSpec:
+  """The PartitionSpec of one array, by RULES."""
+  if len(names) != len(shape):
+    raise ValueError(f"{path}: {len(names)} axis names {names} for shape {shape}")
+  unknown = [n for n in names if n is not None and n not in RULES]
+  if unknown:
+    raise ValueError(
+      f"{path}: axis name {unknown[0]!r} is not in parallel.RULES; known: {list(RULES)}"
+    )
+  taken: dict[str, str] = {}
+  entries = []
+  for name, size in zip(names, shape):
+    axis = None if name is None else RULES[name]
+    if axis is None or axis not in mesh.shape:
+      entries.append(None)
+      continue
+    if axis in taken:
+      raise ValueError(
+        f"{path}: {taken[axis]!r} and {name!r} both lie on mesh axis {axis!r}; an "
+        "array can be cut along it once. Name one of them None in the parameter table."
+      )
+    taken[axis] = name
+    if size % mesh.shape[axis]:
+      _once(
+        f"{path}: {name} = {size} does not divide by {axis} = {mesh.shape[axis]}, "
+        "so it is replicated"
+      )
+      axis = None
+    entries.append(axis)
+  return PartitionSpec(*entries)
+
+
+@functools.cache
+def _once(message: str) -> None:
+  log.warning(message)
+
+
+def table(abstract: dict, layout: dict) -> str:
+  """Path, shape, spec and bytes per device of every parameter; for the log of a run."""
+  lines = []
+  flat = jax.tree_util.tree_flatten_with_path(abstract)[0]
+  for (keys, x), sharding in zip(flat, jax.tree.leaves(layout)):
+    path = "/".join(str(k.key) for k in keys)
+    cut = math.prod(sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
+    lines.append(f"{path:40} {x.shape!s:24} {sharding.spec!s:44} {cut:>14,}")
+  return "\n".join(lines)
+
+
+# ---- Rows ----------------------------------------------------------------------------
+
+
+def row_range(mesh: Mesh, num_rows: int) -> slice:
+  """Which rows of a global batch this process fills: a contiguous block."""
+  check_rows(mesh, num_rows)
+  groups = mesh.shape["data"] * mesh.shape["fsdp"]
+  first = mesh.devices.reshape(groups, -1)[:, 0]
+  mine = [i for i, d in enumerate(first) if d.process_index == jax.process_index()]
+  each = num_rows // groups
+  return slice(mine[0] * each, (mine[-1] + 1) * each)
+
+
+def check_rows(mesh: Mesh, num_rows: int) -> None:
+  groups = mesh.shape["data"] * mesh.shape["fsdp"]
+  if num_rows % groups:
+    raise ValueError(
+      f"a batch of {num_rows} rows does not divide over data x fsdp = "
+      f"{mesh.shape['data']} x {mesh.shape['fsdp']}. Make the number of rows a "
+      f"multiple of {groups}."
+    )
+
+
+def to_devices(mesh: Mesh, rows: Mapping[str, np.ndarray | None]) -> Batch:
+  """The rows of this process -> the global Batch, axis 0 over (data, fsdp).
+
+  Args:
+    rows: the fields of Batch; axis 0 holds this process's block of `row_range`.
+  """
+  return Batch(**{k: None if x is None else put_rows(mesh, x) for k, x in rows.items()})
+
+
+def put_rows(mesh: Mesh, x: np.ndarray) -> jax.Array:
+  """One array of rows, as in `to_devices`."""
+  x = np.asarray(x)
+  check_rows(mesh, x.shape[0] * jax.process_count())
+  return jax.make_array_from_process_local_data(NamedSharding(mesh, ROWS), x)
+
+
+# ---- Engines -------------------------------------------------------------------------
+
+
+def engine_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
+  """The rollout mesh ("engine", "tensor") over the devices of `mesh`, in its order."""
+  flat = list(mesh.devices.flat)
+  local = sum(d.process_index == flat[0].process_index for d in flat)
+  if local % tensor:
+    raise ValueError(
+      f"engines of {tensor} devices do not fill a host of {local}; use a divisor of it"
+    )
+  return _mesh(flat, (len(flat) // tensor, tensor), ("engine", "tensor"))
+
+
+def to_engines(
+  params: dict, logical_axes: dict | None = None, *, tensor: int = 1, dtype=None
+) -> list[dict]:
+  """The weights as each engine of this host takes them: one tree per local engine.
+
+  One SPMD reshard (called by all processes together), whose shards become the engines'
+  local arrays without a copy.  `dtype` casts before anything is gathered.
+  """
+  leaf = jax.tree.leaves(params)[0]
+  mesh = engine_mesh(leaf.sharding.mesh, tensor)
+  if logical_axes is None:  # whole weights on every engine
+    logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
+  params = _reshard(mesh, logical_axes, params, dtype)
+  mine = [row for row in mesh.devices if row[0].process_index == jax.process_index()]
+  return [_local(params, list(row)) for row in mine]
+
+
+def engine_params(params: dict) -> dict:
+  """`to_engines` for one engine of one device: whole weights on this host's first."""
+  if len(jax.tree.leaves(params)[0].sharding.device_set) == 1:
+    return params
+  return to_engines(params)[0]
+
+
+def _reshard(mesh, logical_axes, params, dtype):
+  target = shardings(mesh, logical_axes, params)
+  flat, tree = jax.tree.flatten(target)
+  return _resharder(tuple(flat), tree, dtype)(params)
+
+
+@functools.lru_cache(maxsize=8)  # one program per layout, not one trace per sync
+def _resharder(flat, tree, dtype):
+  def move(params):
+    if dtype is None:
+      return params
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+  return jax.jit(move, out_shardings=jax.tree.unflatten(tree, flat))
+
+
+def _local(params: dict, group: list[jax.Device]) -> dict:
+  mesh = _mesh(group, (len(group),), ("tensor",))
+
+  def take(x):
+    shards = {s.device: s.data for s in x.addressable_shards}
+    entries = (e if e == "tensor" else None for e in x.sharding.spec)
+    sharding = NamedSharding(mesh, PartitionSpec(*entries))
+    parts = [shards[d] for d in group]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+  return jax.tree.map(take, params)

@@ -1,0 +1,1 @@
+"""Multi-turn rollouts with pictures.  Read `engine.py` last: it joins the others."""

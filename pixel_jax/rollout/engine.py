@@ -1,0 +1,348 @@
+"""The engine: many conversations at once on one cache.  Joins host and device.
+
+  tasks --Conversation--> prompts --prefill once a group, fork--> slots --decode a chunk
+  --> sampled ids --Episode--> done | operation --worker threads--> new tokens + pictures
+  --encode, extend--> the slot decodes on; a finished slot is refilled at the boundary
+
+`scheduler` says who runs where, `episode` what a turn means, `decode` what the device
+does, `pictures` where features lie; only this file knows all of them.  It knows no tool.
+Main value: `run(...)` -> list[list[Finished]], groups in task order.
+
+Sampling depends on (seed, step, task id, sample index) and the token's index only.  With
+one `views` length, a rollout does not depend on its neighbours or its slot, bit for bit.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixel_jax import parallel
+from pixel_jax.batch import Cache
+from pixel_jax.chat.encode import Codec, Conversation
+from pixel_jax.model import qwen2_5_vl
+from pixel_jax.model.config import ModelConfig
+from pixel_jax.pixels.geometry import Pixels
+from pixel_jax.rollout import decode, pictures
+from pixel_jax.rollout.episode import Episode
+from pixel_jax.rollout.scheduler import Scheduler, Start
+from pixel_jax.rollout.table import Table
+from pixel_jax.trajectory import Task, Trajectory
+
+CALL = ("<tool_call>", "<tool_call>\n", '<tool_call>{"')  # how a call may begin
+TOKENS = 16_384  # of one prefill or extend call, where the caller does not say
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+  """A rollout that is over, with its pictures: one `Pixels` per slot of the trajectory."""
+
+  trajectory: Trajectory
+  pixels: list[Pixels]
+
+
+class Engine:
+  """Compiled programs of fixed shapes; one engine runs on the devices of its params.
+
+  Args:
+    slots: conversations at once; a multiple of 16 keeps matmuls in full blocks.
+    max_len: tokens of a conversation at most.
+    prompt_len, extend_len: tokens of a row of a prefill and of an extend call; a longer
+      observation goes in pieces, a longer prompt is refused.
+    prompt_rows, extend_rows: rows of those calls; None = about `TOKENS` tokens a call.
+    patches: of the largest picture; a vision call encodes as many.
+    pages: of the feature bank, patches / 4 features each.
+    chunk: decoding steps between two looks of the host.
+    delay: chunks an operation may take while the other slots decode.
+    views: cache lengths that attention is compiled for; None = max_len alone.
+    workers: threads that run operations and prepare prompts.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    codec: Codec,
+    *,
+    slots: int,
+    max_len: int,
+    prompt_len: int,
+    extend_len: int,
+    patches: int,
+    prompt_rows: int | None = None,
+    extend_rows: int | None = None,
+    pages: int | None = None,
+    chunk: int = 16,
+    delay: int = 1,
+    views: Sequence[int] | None = None,
+    workers: int = 2,
+  ):
+    if min(slots, prompt_len, extend_len, chunk) < 1 or not prompt_len < max_len:
+      raise ValueError(
+        f"{slots=}, {max_len=}, {prompt_len=}, {extend_len=}, {chunk=}: all are positive "
+        "and a prompt leaves room for an answer (prompt_len < max_len)."
+      )
+    if patches < 4 or patches % 4:
+      raise ValueError(
+        f"{patches=}: a positive multiple of 4 (2 x 2 patches a feature)."
+      )
+    self.config, self.codec = config, codec
+    self.slots, self.max_len, self.patches = slots, max_len, patches
+    self.chunk, self.delay, self.workers = chunk, delay, workers
+    self.views = sorted({min(v, max_len) for v in views or ()} | {max_len})
+
+    def rows(given, length):
+      return given or max(1, min(TOKENS // length, slots // 8))
+
+    self.prompt = (rows(prompt_rows, prompt_len), prompt_len)
+    self.turn = (rows(extend_rows, extend_len), extend_len)
+    # What one call may show at worst: pictures of 1 feature in rows of 4, and two
+    # pictures of the largest size that stick out of either end of each row.
+    page = patches // 4
+    worst = max(R * (-(-4 * T // page) + 2) for R, T in (self.prompt, self.turn))
+    self.pages = pages or max(32, worst + len(pictures.row_sizes(patches)))
+    words = codec.tokenizer
+    self._stops = (words.im_end, words.endoftext)
+    self._calls = sorted({words.encode(text)[0] for text in CALL})
+    self._force = words.encode(CALL[1])[0]
+    self.stats: dict[str, float] = {}
+    self._programs: dict[str, Callable] = {}
+    self._where = None  # what the programs were compiled for
+
+  @property
+  def compiles(self) -> int:
+    """Programs compiled so far: one per shape and way of sampling."""
+    return sum(f._cache_size() for f in self._programs.values())
+
+  # ---- Run ---------------------------------------------------------------------------
+
+  def run(
+    self,
+    params: Any,
+    tasks: Sequence[Task],
+    *,
+    seed: int,
+    step: int,
+    group_size: int,
+    load_media: Callable,
+    max_turns: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    greedy: bool = False,
+    force: str | None = None,
+    progress: Callable[[int], None] | None = None,
+  ) -> list[list[Finished]]:
+    """Plays every task `group_size` times with one set of weights.
+
+    Args:
+      seed, step: with the task's id and the sample's index the key of its sampling.
+      max_turns: assistant turns; a call in the last one is not run (stop "turns").
+      max_new_tokens: of one turn; a turn that does not end within them stops "length".
+      force: for evaluation.  "answer": no token that begins a call is ever drawn;
+        "operate": the first turn begins with a call.
+      progress: called with the number of rollouts that have ended since the last call.
+    """
+    if force not in (None, "answer", "operate"):
+      raise ValueError(f"{force=} is unknown; allowed: None, 'answer', 'operate'.")
+    sampling = decode.Sampling(temperature, top_p, top_k, greedy)
+    limits = dict(
+      max_len=self.max_len, max_turns=max_turns, max_new_tokens=max_new_tokens
+    )
+    table = self._table(params, banned=self._calls if force == "answer" else [])
+    forced = self._force if force == "operate" else -1
+    plan = Scheduler(
+      slots=self.slots, groups=len(tasks), group_size=group_size, delay=self.delay
+    )
+    results: list[list[Finished | None]] = [[None] * group_size for _ in tasks]
+    starts: dict[int, Start] = {}  # slot -> who plays there
+    prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
+    operations: dict[int, Future[bool]] = {}  # slot -> under way
+    watch = _Stopwatch()
+
+    def finish(slot: int) -> None:
+      start, conversation = starts[slot], table.episodes[slot].conversation
+      finished = Finished(conversation.trajectory, conversation.pixels)
+      results[start.group][start.sample] = finished
+      plan.release(slot)
+      if progress:
+        progress(1)
+
+    with ThreadPoolExecutor(self.workers) as pool:
+      ahead = _Ahead(pool, lambda task: self._prompt(task, load_media), tasks)
+      while not plan.done:
+        # ---- Refill free slots; a prompt is computed once and copied ----
+        begun, new = plan.refill()
+        homes = [s.slot for s in new if s.sample == 0]
+        with watch("prompts"):
+          for s in begun + new:
+            if s.sample == 0:
+              prompts[s.group] = ahead.take(s.group)
+            last = s.sample == group_size - 1
+            prompt = prompts.pop(s.group) if last else prompts[s.group]
+            key = _key(seed, step, tasks[s.group].id, s.sample)
+            table.begin(s.slot, Episode(prompt.fork(s.sample), **limits), key, forced)
+            starts[s.slot] = s
+        with watch("prefill"):
+          table.fork([(s.home, s.slot) for s in begun])
+          table.feed(homes, self.prompt, "prefills")
+          table.fork([(s.home, s.slot) for s in new if s.sample])
+        # ---- Go on with the turns whose operations are due ----
+        with watch("operate"):
+          due = [(slot, operations.pop(slot).result()) for slot in plan.collect()]
+        for slot, fits in due:
+          (plan.resume if fits else finish)(slot)
+        with watch("extend"):
+          table.feed([slot for slot, fits in due if fits], self.turn, "extends")
+        # ---- Decode a chunk; look at what was said ----
+        if plan.decoding:
+          with watch("decode"):
+            sampled = table.decode(sorted(plan.decoding), sampling)
+          with watch("feed"):
+            for slot, ids, logp in sampled:
+              episode = table.episodes[slot]
+              outcome = episode.feed(ids, logp, ended=ids[-1] in self._stops)
+              if outcome == "operate":
+                operations[slot] = pool.submit(episode.operate)
+                plan.submit(slot)
+              elif outcome == "done":
+                finish(slot)
+        plan.tick()
+    self.stats = self._summary(table, watch.seconds)
+    return results
+
+  def _prompt(self, task: Task, load_media: Callable) -> Conversation:
+    conversation = Conversation(self.codec, task, load_media)
+    length, limit = len(conversation.trajectory.ids), self.prompt[1]
+    if length > limit:
+      raise ValueError(
+        f"the prompt of task {task.id} has {length} tokens, the engine takes {limit}. "
+        "Raise `prompt_len` or lower the pixel budgets."
+      )
+    return conversation
+
+  def _summary(self, table: Table, seconds: dict[str, float]) -> dict[str, float]:
+    counts = table.stats | dict(
+      pictures=table.bank.encoded, vision_calls=table.bank.calls, compiles=self.compiles
+    )
+    # Of the tokens that the decoding loop could have sampled, those that it did.
+    occupancy = counts["tokens"] / max(1, counts["steps"] * self.slots)
+    stats = counts | {"occupancy": occupancy}
+    stats = {f"rollout/{k}": float(v) for k, v in stats.items()}
+    return stats | {f"perf/rollout_{k}_s": v for k, v in seconds.items()}
+
+  # ---- Device ------------------------------------------------------------------------
+
+  def _table(self, params: Any, banned: Sequence[int]) -> Table:
+    """An empty cache and bank where `params` lie; freed when the run is over."""
+    self._compile(jax.tree.leaves(params)[0].sharding)
+    if self.config.dtype != "float32":
+      params = self._programs["cast"](params)
+    cache, features = self._programs["open"]()
+    bank = pictures.Bank(
+      features, functools.partial(self._programs["encode"], params), self.patches
+    )
+    mask = np.zeros(self.config.text.vocab, bool)
+    mask[list(banned)] = True
+    return Table(
+      self._programs,
+      params,
+      cache,
+      bank,
+      banned=mask,
+      views=self.views,
+      chunk=self.chunk,
+    )
+
+  def _compile(self, sharding: jax.sharding.Sharding) -> None:
+    """The programs for parameters of one engine: a device, or a mesh with "tensor"."""
+    mesh = getattr(sharding, "mesh", None)
+    if self._programs and self._where == (mesh or sharding):
+      return
+    self._where = mesh or sharding
+    cut = whole = sharding
+    if mesh is not None:
+      whole = parallel.replicated(mesh)
+      names = (None, None, "kv_heads", None, None)
+      t = self.config.text
+      shape = (t.depth, self.slots, t.kv_heads, self.max_len, t.head_dim)
+      cut = jax.sharding.NamedSharding(mesh, parallel.spec(mesh, names, shape, "cache"))
+    layout = Cache(k=cut, v=cut, length=whole)
+
+    def open_():
+      features = jnp.zeros(
+        (self.pages * self.patches // 4, self.config.text.width), self.config.dtype
+      )
+      return qwen2_5_vl.init_cache(self.config, self.slots, self.max_len), features
+
+    def cast(params):  # norm scales stay f32, as in the trainer's graph
+      return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key == "scale" else x.astype(self.config.dtype),
+        params,
+      )
+
+    def bind(f, *args, **kwargs):
+      # jit takes the name of a trace from its function; a partial has none.
+      return functools.update_wrapper(functools.partial(f, *args, **kwargs), f)
+
+    c = self.config
+    self._programs = {
+      "open": jax.jit(open_, out_shardings=(layout, whole)),
+      "cast": jax.jit(cast),
+      "encode": jax.jit(bind(decode.encode, c), donate_argnums=1, out_shardings=whole),
+      "extend": jax.jit(bind(decode.extend, c), donate_argnums=1, out_shardings=layout),
+      "fork": jax.jit(
+        bind(decode.fork, size=self.prompt[1]), donate_argnums=0, out_shardings=layout
+      ),
+      "decode": jax.jit(
+        bind(decode.decode, c, chunk=self.chunk, stops=self._stops),
+        static_argnames=("sampling", "view"),
+        donate_argnums=1,
+        out_shardings=(layout, whole, whole, whole),
+      ),
+    }
+
+
+def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:
+  """u32[2], the threefry key of one rollout; a hash, so no key is near another."""
+  name = f"{seed}/{step}/{sample}/{task}"
+  digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()
+  return np.frombuffer(digest, np.uint32)
+
+
+class _Ahead:
+  """Prepares the prompts of the next few tasks in worker threads."""
+
+  def __init__(self, pool: ThreadPoolExecutor, make: Callable, tasks: Sequence[Task]):
+    self._pool, self._make = pool, make
+    self._left = collections.deque(enumerate(tasks))
+    self._futures: dict[int, Future[Conversation]] = {}
+
+  def take(self, group: int, ahead: int = 4) -> Conversation:
+    """The prompt of `group`; groups are taken in order."""
+    while self._left and self._left[0][0] <= group + ahead:
+      i, task = self._left.popleft()
+      self._futures[i] = self._pool.submit(self._make, task)
+    return self._futures.pop(group).result()
+
+
+class _Stopwatch:
+  """Seconds by phase; those of the device are told where the host waits: "decode"."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = collections.defaultdict(float)
+
+  @contextlib.contextmanager
+  def __call__(self, phase: str):
+    start = time.perf_counter()
+    yield
+    self.seconds[phase] += time.perf_counter() - start

@@ -1,0 +1,103 @@
+"""One conversation as a state machine: sampled ids in, "what next" out.  Host, no jax.
+
+  feed(ids, logp, ended) -> "decode"   the turn is not over
+                         -> "operate"  it ends in a call: run `operate`, in any thread
+                         -> "done"     `trajectory.stop` says why
+  operate()              -> True       the observation was appended; decode on
+                         -> False      it does not fit; done
+
+Why it stops: "answer", a turn that calls nothing; "turns", a call in the last turn that
+is allowed, which is not run; "length", a turn that does not end within its budget, or an
+observation after which not one token would fit.  Nothing that was said is ever dropped:
+the call that had no room keeps its turn and its outcome.
+
+Not here: slots, caches, how an operation works.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from pixel_jax.chat.encode import Conversation
+from pixel_jax.pixels.geometry import Pixels
+
+
+class Episode:
+  """A conversation that is being played.
+
+  Args:
+    conversation: ends in the generation prompt; belongs to the episode from now on.
+    max_len: ids of the whole conversation at most.
+    max_turns: turns of the policy; the last of them cannot operate.
+    max_new_tokens: of one turn.
+  """
+
+  def __init__(
+    self,
+    conversation: Conversation,
+    *,
+    max_len: int,
+    max_turns: int,
+    max_new_tokens: int,
+  ):
+    if min(max_turns, max_new_tokens) < 1:
+      raise ValueError(f"{max_turns=}, {max_new_tokens=}: both must be positive.")
+    self.conversation = conversation
+    self._max_len, self._max_turns = max_len, max_turns
+    self._max_new_tokens = max_new_tokens
+    self._turns = 0  # that have ended
+    self._turn: tuple[list[int], list[float]] = ([], [])  # ids, log-probs so far
+
+  @property
+  def ids(self) -> list[int]:
+    """What was said so far, but for the turn in progress."""
+    return self.conversation.trajectory.ids
+
+  @property
+  def positions(self) -> list[tuple[int, int, int]]:
+    return self.conversation.trajectory.position
+
+  def shown(self, begin: int, end: int) -> Iterator[tuple[int, Pixels]]:
+    """(first placeholder, picture) of the pictures that stand in ids[begin:end]."""
+    for slot, pixels in zip(
+      self.conversation.trajectory.slots, self.conversation.pixels
+    ):
+      if slot.start < end and begin < slot.start + slot.length:
+        yield slot.start, pixels
+
+  @property
+  def budget(self) -> int:
+    """Tokens that the turn in progress may still have."""
+    turn = len(self._turn[0])
+    room = self._max_len - len(self.ids) - turn
+    return max(0, min(self._max_new_tokens - turn, room))
+
+  def feed(self, ids: Sequence[int], logp: Sequence[float], ended: bool) -> str:
+    """Takes what was sampled; `ended` says that the last id ends the turn."""
+    self._turn[0].extend(ids)
+    self._turn[1].extend(logp)
+    if not ended and self.budget:
+      return "decode"
+    self.conversation.add_sampled(*self._turn)
+    self._turn = ([], [])
+    self._turns += 1
+    if not ended:
+      return self._done("length")
+    if self.conversation.last_call() is None:
+      return self._done("answer")
+    if self._turns == self._max_turns:
+      return self._done("turns")
+    return "operate"
+
+  def operate(self) -> bool:
+    """Runs the call of the turn; False when its observation does not fit."""
+    observation = self.conversation.call_of_last_turn()
+    longer = self.conversation.fork(self.conversation.trajectory.sample)
+    longer.observe(observation)
+    if len(longer.trajectory.ids) >= self._max_len:
+      self._done("length")
+      return False
+    self.conversation = longer
+    return True
+
+  def _done(self, stop: str) -> str:
+    self.conversation.finish(stop)
+    return "done"

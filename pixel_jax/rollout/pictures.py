@@ -1,0 +1,106 @@
+"""The bank: features of pictures, encoded once and kept on the device by content.
+
+A picture gets a row of its own, of the smallest size that holds it: sizes halve from
+`patches` downwards, and a call encodes patches / size rows, so every call costs the
+same and each size compiles once.  One picture a row also means that what a picture
+becomes does not depend on its neighbours, bit for bit.  A call fills one *page* of the
+bank, patches / 4 features.  Features are only true for one set of weights: a bank lives
+for one run.
+
+Not here: the tower (model/vision.py), where features go among tokens (engine.py).
+"""
+
+from collections.abc import Callable, Iterable
+
+import jax
+import numpy as np
+
+from pixel_jax.pixels.geometry import Pixels
+from pixel_jax.rollout import decode
+
+SMALLEST = 16  # patches of a row: the tiny world's crop
+
+
+def row_sizes(patches: int) -> list[int]:
+  """Row sizes of the vision calls, in patches: 1024, 512, ..., 16."""
+  sizes = [patches]
+  while sizes[-1] % 8 == 0 and sizes[-1] // 2 >= SMALLEST:
+    sizes.append(sizes[-1] // 2)
+  return sizes
+
+
+class Bank:
+  """Where the features of each picture lie.
+
+  Args:
+    features: f[pages * patches / 4, D] on the device, to be overwritten.
+    encode: (features, decode.Pictures, at) -> features, jitted.
+    patches: of the largest picture, and of one call.
+  """
+
+  def __init__(self, features: jax.Array, encode: Callable, patches: int):
+    self.features = features
+    self.calls = 0
+    self.encoded = 0  # pictures
+    self._encode = encode
+    self._patches = patches
+    self._sizes = row_sizes(patches)
+    self._pages = len(features) * 4 // patches
+    self._page = 0  # next one to fill
+    self._at: dict[str, int] = {}  # key -> first feature
+
+  def hold(self, pictures: Iterable[Pixels]) -> None:
+    """Makes sure that all of these lie in the bank together; encodes what is missing."""
+    wanted = {p.key: p for p in pictures}
+    plan = self._plan([p for p in wanted.values() if p.key not in self._at])
+    if self._page + len(plan) > self._pages:
+      # Full: start over with what is wanted now.  The rest is encoded again on demand.
+      self._at, self._page = {}, 0
+      plan = self._plan(list(wanted.values()))
+      if len(plan) > self._pages:
+        raise ValueError(
+          f"{len(wanted)} pictures of one call need {len(plan)} pages, the bank has "
+          f"{self._pages}. Raise the engine's `pages`."
+        )
+    for size, batch in plan:
+      start = self._page * (self._patches // 4)
+      rows = _rows(batch, self._patches // size, size)
+      self.features = self._encode(self.features, rows, np.int32(start))
+      for i, p in enumerate(batch):
+        self._at[p.key] = start + i * (size // 4)
+      self._page += 1
+      self.calls += 1
+      self.encoded += len(batch)
+
+  def rows(self, picture: Pixels) -> np.ndarray:
+    """i32[M] row of the bank of each placeholder of a picture that `hold` has placed."""
+    return self._at[picture.key] + picture.merged_row
+
+  def _plan(self, pictures: list[Pixels]) -> list[tuple[int, list[Pixels]]]:
+    """Calls (row size, pictures), the smallest sizes first, each in the given order."""
+    by_size: dict[int, list[Pixels]] = {size: [] for size in reversed(self._sizes)}
+    for p in pictures:
+      size = next((s for s in by_size if s >= p.num_patches), None)
+      if size is None:
+        raise ValueError(
+          f"a picture of grid {p.grid} has {p.num_patches} patches; the engine takes "
+          f"{self._patches}. Raise `patches` of the engine or lower the pixel budgets."
+        )
+      by_size[size].append(p)
+    plan = []
+    for size, group in by_size.items():
+      n = self._patches // size
+      plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
+    return plan
+
+
+def _rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
+  patches = np.zeros((num_rows, size, pictures[0].patches.shape[1]), np.uint8)
+  pos = np.zeros((num_rows, size, 2), np.int32)
+  image = np.zeros((num_rows, size), np.int32)
+  window = np.zeros((num_rows, size), np.int32)
+  for i, p in enumerate(pictures):
+    n = p.num_patches
+    patches[i, :n], pos[i, :n] = p.patches, p.patch_pos
+    image[i, :n], window[i, :n] = p.patch_image + 1, p.patch_window + 1
+  return decode.Pictures(patches, pos, image, window)

@@ -1,0 +1,265 @@
+"""Curiosity-driven GRPO with visual operations; `main` is the whole story.
+
+  python -m pixel_jax.train_rl --config=configs/rl.py:tiny --workdir=DIR --config.init=SFT
+
+A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
+closer where it likes; the answers are judged; the curiosity reward is added; groups
+become advantages; one or several clipped updates follow.  Running the same command on
+the same workdir continues where it stopped, bit for bit.
+"""
+
+import collections
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pixel_jax import checkpoint, metrics, optim, parallel, start, trajectory
+from pixel_jax.chat import encode
+from pixel_jax.data import pack, pipeline, sources
+from pixel_jax.evals import common
+from pixel_jax.model import qwen2_5_vl
+from pixel_jax.rl import grpo, replay, rewards
+from pixel_jax.rollout import engine
+
+
+def main(config, workdir):
+  # ---- Set up ------------------------------------------------------------------------
+  start.open_workdir(workdir, config)
+  mesh = start.call("mesh", parallel.make_mesh, **config.mesh)
+  policy = start.open_policy(
+    config.init,
+    model=config.model,
+    codec=config.codec,
+    mesh=mesh,
+    seed=config.seed,
+    workdir=workdir,
+  )
+  updates = config.total_steps * config.rl.minibatches
+  tx, schedule = start.call(
+    "optim", optim.make, policy.params, total_steps=updates, **config.optim
+  )
+  source = sources.open_source(
+    config.data.uri, root=config.data.root, codec=policy.codec
+  )
+  questions = start.call(
+    "data",
+    pipeline.tasks,
+    source,
+    seed=config.seed,
+    batch=config.rl.prompts_per_step,
+    workdir=workdir,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
+    shards=config.data.shards,
+  )
+  validation = sources.open_source(
+    config.eval.uri, root=config.data.root, codec=policy.codec
+  )
+  rollouts = start.call(
+    "engine", engine.Engine, policy.config, policy.codec, **config.engine
+  )
+  start.describe(config, policy, mesh)
+
+  # ---- Update ------------------------------------------------------------------------
+  def loss_fn(params, batch, tokens):
+    params = optim.trained(params, config.optim.freeze)
+    logp, entropy = qwen2_5_vl.token_logp(
+      policy.config, params, batch, config.rollout.temperature
+    )
+    old = logp if batch.logp_old is None else batch.logp_old
+    loss, m = grpo.loss(
+      logp,
+      jax.lax.stop_gradient(old),
+      batch.advantage,
+      batch.weight,
+      normalizer=tokens,
+      **config.loss,
+    )
+    m |= grpo.agreement(logp, batch.logp_sampler, batch.weight, normalizer=tokens)
+    m["policy/entropy"] = jnp.where(batch.weight > 0, entropy, 0.0).sum() / tokens
+    return loss, m | {"loss": loss}
+
+  @jax.jit
+  def gradient(params, batch, tokens):
+    return jax.grad(loss_fn, has_aux=True)(params, batch, tokens)
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def apply(state, grads):
+    params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
+    m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
+
+  @jax.jit
+  def old_logp(params, batch):
+    return qwen2_5_vl.token_logp(
+      policy.config, params, batch, config.rollout.temperature
+    )[0]
+
+  def to_batches(examples):
+    """The micro-batches that `examples` fill; as many on every host."""
+    limits = dict(T=config.rl.tokens, P=config.rl.patches)
+    bins = [[examples[i] for i in b] for b in pack.first_fit(examples, **limits)]
+    count = parallel.agree(-(-len(bins) // config.rl.rows), "max")
+    rows = config.rl.rows
+    return [
+      parallel.to_devices(
+        mesh, pack.collate(bins[i * rows : (i + 1) * rows], num_rows=rows, **limits)
+      )
+      for i in range(count)
+    ]
+
+  def update(state, batches, tokens):
+    """One optimizer step over the micro-batches; `tokens` normalises the loss."""
+    total, sums = None, []
+    for batch in batches:
+      grads, m = gradient(state["params"], batch, np.float32(tokens))
+      total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+      sums.append(m)
+    state, m = apply(state, total)
+    sums = jax.device_get(sums)
+    for k in sums[0]:
+      m[k] = (max if k.endswith("_max") else sum)(float(s[k]) for s in sums)
+    return state, m
+
+  # ---- Resume ------------------------------------------------------------------------
+  state = {
+    "params": policy.params,
+    "opt": optim.init(tx, policy.params),
+    "step": jnp.zeros((), jnp.int32),
+  }
+  memory = start.call("replay", replay.Replay, **config.replay)
+  saver = checkpoint.Checkpoints(workdir, model=policy.config.to_hf())
+  first, state, host = saver.restore(state)
+  if host:
+    questions.set_state(host["data"])
+    memory.set_state(host["replay"])
+  writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
+
+  # ---- Loop --------------------------------------------------------------------------
+  for step in range(first, config.total_steps):
+    done = step + 1
+    with writer.timer("rollout"):
+      groups = rollouts.run(
+        parallel.engine_params(state["params"]),
+        next(questions),
+        seed=config.seed,
+        step=step,
+        group_size=config.rl.group_size,
+        load_media=source.load_media,
+        **config.rollout,
+      )
+    stats = rollouts.stats
+    with writer.timer("reward"):
+      parts, mask, m = judge(groups, **config.reward)
+      advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
+      m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
+      kept = np.asarray(grpo.kept(mask))
+      examples = score(groups, parts, np.asarray(advantage), kept, step)
+      chosen, replayed = memory.select(
+        examples, np.random.default_rng((config.seed, step))
+      )
+    with writer.timer("update"):
+      size = -(-len(chosen) // config.rl.minibatches)
+      parted = [chosen[i : i + size] for i in range(0, len(chosen), size or 1)]
+      plan = [(to_batches(part), count_tokens(part)) for part in parted]
+      if config.rl.minibatches > 1 or replayed:
+        plan = [
+          ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], tokens)
+          for batches, tokens in plan
+        ]
+      if config.rl.minibatches == 1 and not replayed:
+        # Rollouts without an advantage have no gradient, but they count as tokens.
+        plan = [(b, count_tokens(examples)) for b, _ in plan]
+      for batches, tokens in plan:
+        state, um = update(state, batches, tokens)
+        m |= {k: float(v) for k, v in um.items()}
+      m["optim/skipped"] = float(not plan)
+    if done % config.eval_every == 0 or done == config.total_steps:
+      with writer.timer("eval"):
+        played = common.play(
+          rollouts,
+          parallel.engine_params(state["params"]),
+          [validation[i] for i in range(config.eval.tasks)],
+          mode="free",
+          seed=config.seed,
+          load_media=validation.load_media,
+          **config.rollout,
+        )
+        summary = common.summarize(played)
+        m |= {f"eval/{k}": summary[k] for k in ("accuracy", "rapr", "error_rate")}
+    sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)
+    writer.write(done, m | stats, tokens=sampled)
+    if done % config.keep_trajectories_every == 0 or done == config.total_steps:
+      trajectory.write_jsonl(
+        workdir / "trajectories" / f"step_{done:06d}.jsonl",
+        (f.trajectory for g in groups for f in g),
+      )
+    if done % config.save_every == 0 or done == config.total_steps:
+      saver.save(
+        done, state, {"data": questions.get_state(), "replay": memory.get_state()}
+      )
+  saver.close()
+  writer.close()
+  print(f"done: {config.total_steps} steps; {workdir}: metrics.jsonl, trajectories/")
+
+
+def judge(groups, **reward):
+  """Rewards of the groups: parts f32[Q G], mask bool[Q G], and the step's metrics.
+
+  The mask leaves over-turn and truncated rollouts out of mean, std and loss.
+  """
+
+  def grid(f, dtype=np.float32):
+    return np.array([[f(x.trajectory) for x in group] for group in groups], dtype)
+
+  correct = grid(common.judge)
+  succeeded = grid(lambda t: t.ops_succeeded, np.int32)
+  attempted = grid(lambda t: t.ops_attempted, np.int32)
+  mask = grid(lambda t: t.stop == "answer", bool)
+  video = np.array([g[0].trajectory.task.media[0].kind == "video" for g in groups])
+  parts = rewards.shaped(correct, succeeded, attempted, is_video=video, **reward)
+  parts = {k: np.asarray(v) for k, v in jax.device_get(parts).items()}
+  used = succeeded > 0
+  calls = [c for g in groups for x in g for c in x.trajectory.calls]
+  failed = collections.Counter(c.error for c in calls if c.error)
+  m = {
+    "reward/mean": parts["total"].mean(),
+    "reward/correct": correct.mean(),
+    "reward/curiosity": parts["curiosity"].mean(),
+    "reward/penalty": parts["penalty"].mean(),
+    "ops/rapr": used.mean(),
+    "ops/per_rollout": attempted.mean(),
+    "ops/error_rate": sum(failed.values()) / max(len(calls), 1),
+    "rollout/masked": 1.0 - mask.mean(),
+  }
+  if used.any():
+    m["reward/accuracy_with_ops"] = correct[used].mean()
+  if not used.all():
+    m["reward/accuracy_without_ops"] = correct[~used].mean()
+  m |= {f"ops/error/{k}": float(v) for k, v in failed.items()}
+  return parts, mask, {k: float(v) for k, v in m.items()}
+
+
+def score(groups, parts, advantage, kept, step):
+  """Writes reward and advantage into the trajectories; those kept come as examples."""
+  examples = []
+  for q, group in enumerate(groups):
+    for g, finished in enumerate(group):
+      t = finished.trajectory
+      t.policy_step = step
+      t.advantage = float(advantage[q, g])
+      t.reward = {k: float(v[q, g]) for k, v in parts.items() if v.ndim == 2}
+      if kept[q, g]:
+        examples.append(encode.example(t, finished.pixels))
+  return examples
+
+
+def count_tokens(examples):
+  """Loss tokens, at least one."""
+  return max(sum(float(e.weight.sum()) for e in examples), 1.0)
+
+
+if __name__ == "__main__":
+  start.run(main)

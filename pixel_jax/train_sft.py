@@ -1,0 +1,112 @@
+"""Supervised fine-tuning on packed rows; `main` is the whole story.
+
+  python -m pixel_jax.train_sft --config=configs/sft.py:tiny --workdir=DIR
+
+Running the same command on the same workdir continues where it stopped, bit for bit.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax import checkpoint, metrics, optim, parallel, start
+from pixel_jax.data import pipeline, sources
+from pixel_jax.model import qwen2_5_vl
+
+
+def main(config, workdir):
+  # ---- Set up ------------------------------------------------------------------------
+  start.open_workdir(workdir, config)
+  mesh = start.call("mesh", parallel.make_mesh, **config.mesh)
+  policy = start.open_policy(
+    config.init,
+    model=config.model,
+    codec=config.codec,
+    mesh=mesh,
+    seed=config.seed,
+    workdir=workdir,
+  )
+  tx, schedule = start.call(
+    "optim", optim.make, policy.params, total_steps=config.total_steps, **config.optim
+  )
+  data = dict(config.data)
+  uri, root = data.pop("uri"), data.pop("root")
+
+  def batches(uri, seed):
+    synthesis = dict(config.get("synthesis", {}))
+    source = start.call(
+      "synthesis", sources.open_source, uri, root=root, codec=policy.codec, **synthesis
+    )
+    return start.call(
+      "data",
+      pipeline.batches,
+      source,
+      policy.codec,
+      seed=seed,
+      workdir=workdir,
+      host=jax.process_index(),
+      hosts=jax.process_count(),
+      **data,
+    )
+
+  train = batches(uri, config.seed)
+  start.describe(config, policy, mesh)
+
+  # ---- Step --------------------------------------------------------------------------
+  def loss_fn(params, batch):
+    params = optim.trained(params, config.optim.freeze)
+    logp, entropy = qwen2_5_vl.token_logp(policy.config, params, batch)
+    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+    loss = -(logp * batch.weight).sum() / tokens
+    return loss, {"policy/entropy": (entropy * (batch.weight > 0)).sum() / tokens}
+
+  @functools.partial(jax.jit, donate_argnums=0)
+  def update(state, batch):
+    (loss, m), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
+    params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
+    m |= {"loss": loss, "optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    m["data/utilisation"] = (batch.segment > 0).mean()
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
+
+  @jax.jit
+  def heldout(params, batch):
+    return loss_fn(params, batch)[0]
+
+  # ---- Resume ------------------------------------------------------------------------
+  state = {
+    "params": policy.params,
+    "opt": optim.init(tx, policy.params),
+    "step": jnp.zeros((), jnp.int32),
+  }
+  saver = checkpoint.Checkpoints(workdir, model=policy.config.to_hf())
+  first, state, host = saver.restore(state)
+  if host:
+    train.set_state(host["data"])
+  writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
+
+  # ---- Loop --------------------------------------------------------------------------
+  for step in range(first, config.total_steps):
+    with writer.timer("data"):
+      batch = parallel.to_devices(mesh, next(train))
+    with writer.timer("update"):
+      state, m = update(state, batch)
+      m = {k: float(v) for k, v in jax.device_get(m).items()}
+    done = step + 1
+    if done % config.eval_every == 0 or done == config.total_steps:
+      held = batches(config.eval.uri, config.seed + 1)
+      rows = [next(held) for _ in range(config.eval.batches)]
+      losses = [heldout(state["params"], parallel.to_devices(mesh, r)) for r in rows]
+      m["eval/loss"] = float(sum(losses) / len(losses))
+    writer.write(done, m | train.counts())
+    if done % config.save_every == 0 or done == config.total_steps:
+      saver.save(done, state, {"data": train.get_state()})
+  saver.close()
+  writer.close()
+  print(
+    f"done: {config.total_steps} steps; {workdir}/metrics.jsonl, checkpoints/, tokenizer/"
+  )
+
+
+if __name__ == "__main__":
+  start.run(main)

@@ -1,0 +1,117 @@
+"""model/attention.py against loops over queries and keys."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixel_jax.model import attention as lib
+
+
+def by_loops(q, k, v, sees):
+  """Softmax attention, one query at a time; sees(b, t) -> indices of keys."""
+  q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+  out = np.zeros_like(q)
+  group = q.shape[1] // k.shape[1]
+  for b, n, t in np.ndindex(*q.shape[:3]):
+    keys = sees(b, t)
+    s = k[b, n // group, keys] @ q[b, n, t] / np.sqrt(q.shape[-1])
+    w = np.exp(s - s.max())
+    out[b, n, t] = (w / w.sum()) @ v[b, n // group, keys]
+  return out
+
+
+def random(seed, *shapes):
+  rng = np.random.default_rng(seed)
+  return [jnp.array(rng.normal(size=s), jnp.float32) for s in shapes]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.integers(0, 10**6), st.integers(1, 3), st.integers(1, 3), st.booleans())
+def test_packed_rows(seed, kv_heads, group, causal):
+  B, T, H = 2, 13, 4
+  q, k, v = random(
+    seed, (B, kv_heads * group, T, H), (B, kv_heads, T, H), (B, kv_heads, T, H)
+  )
+  rng = np.random.default_rng(seed)
+  segment = np.sort(rng.integers(0, 4, (B, T)), axis=1).astype(np.int32)
+
+  def sees(b, t):
+    same = np.flatnonzero(segment[b] == segment[b, t])
+    return same[same <= t] if causal else same
+
+  ids = jnp.array(segment)
+  got = lib.attention(q, k, v, segment_q=ids, segment_k=ids, causal=causal)
+  np.testing.assert_allclose(got, by_loops(q, k, v, sees), atol=1e-5)
+
+
+def test_slots_order_queries_and_keys():
+  """Queries appended to a cache: row b stands at slot 3 + 2 b."""
+  B, T, S = 2, 3, 9
+  q, k, v = random(0, (B, 4, T, 8), (B, 2, S, 8), (B, 2, S, 8))
+  slot = jnp.array([[3, 4, 5], [5, 6, 7]], jnp.int32)
+  got = lib.attention(q, k, v, slot_q=slot, causal=True)
+  want = by_loops(q, k, v, lambda b, t: np.arange(int(slot[b, t]) + 1))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("T", [300, 3000])
+def test_chunks_equal_dense(T, causal):
+  """Several spans with a ragged last one; at 3000 each of several ragged chunks."""
+  q, k, v = random(1, (1, 2, T, 8), (1, 1, T, 8), (1, 1, T, 8))
+  segment = jnp.sort(jax.random.randint(jax.random.key(0), (1, T), 0, 3))
+  mask = segment[:, :, None] == segment[:, None]
+  if causal:
+    mask &= jnp.tril(jnp.ones((T, T), bool))
+
+  def chunked(q, k, v):
+    return lib.attention(q, k, v, segment_q=segment, segment_k=segment, causal=causal)
+
+  def dense(q, k, v):
+    return lib._attend(q, k, v, mask)
+
+  def value_and_grad(f):
+    grad = jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))
+    return jax.jit(f)(q, k, v), jax.jit(grad)(q, k, v)
+
+  got, want = value_and_grad(chunked), value_and_grad(dense)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def test_no_square_of_scores():
+  """Scores of [T T] never exist whole, neither forward nor backward."""
+  T = 4096
+  x = jax.ShapeDtypeStruct((1, 1, T, 8), jnp.float32)
+
+  def loss(q, k, v):
+    return lib.attention(q, k, v, causal=True).sum()
+
+  compiled = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T
+
+
+@settings(deadline=None, max_examples=10)
+@given(st.integers(0, 10**6), st.integers(1, 90))
+def test_window_attention_on_ragged_windows(seed, P):
+  rng = np.random.default_rng(seed)
+  size, B = 16, 2
+  window = np.zeros((B, P), np.int32)
+  for b in range(B):
+    ids = np.repeat(np.arange(1, P + 1), rng.integers(1, size + 1, P))[:P]
+    window[b] = np.where(np.arange(P) < rng.integers(P // 2, P + 1), ids, 0)
+  # Padding is one run of zeros, longer than a window: it need only be finite.
+  q, k, v = random(seed, *[(B, 2, P, 4)] * 3)
+  got = lib.window_attention(q, k, v, window=jnp.array(window), size=size)
+  want = by_loops(q, k, v, lambda b, t: np.flatnonzero(window[b] == window[b, t]))
+  real = (window > 0)[:, None, :, None]
+  assert np.isfinite(got).all()
+  np.testing.assert_allclose(np.where(real, got, 0), np.where(real, want, 0), atol=1e-5)
+
+
+def test_unknown_impl_is_refused():
+  (x,) = random(0, (1, 1, 2, 4))
+  with pytest.raises(ValueError, match="xla"):
+    lib.attention(x, x, x, causal=True, impl="flash")

@@ -1,0 +1,144 @@
+"""tools/convert.py as a user calls it: there and back bit for bit, clear refusals."""
+
+import importlib.util
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from pixel_jax import checkpoint
+from pixel_jax.model import config as model_config
+from pixel_jax.model import hf, qwen2_5_vl
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODEL = ROOT / "tests" / "golden" / "model"
+COMPANIONS = {
+  "tokenizer.json": "{}",
+  "tokenizer_config.json": '{"model_max_length": 131072}',
+  "preprocessor_config.json": '{"patch_size": 14}',
+  "generation_config.json": '{"temperature": 0.1}',
+}
+
+
+def _convert(*argv):
+  spec = importlib.util.spec_from_file_location("convert", ROOT / "tools/convert.py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.main([str(a) for a in argv])
+
+
+def _read(folder):
+  state = {}
+  for file in folder.glob("*.safetensors"):
+    state |= load_file(file)
+  return state
+
+
+def _check_equal(got, want):
+  assert got.keys() == want.keys()
+  for name in want:
+    assert got[name].dtype == want[name].dtype, name
+    np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+
+
+@pytest.fixture
+def source(tmp_path):
+  """The golden checkpoint and what lies beside one, read-only as in a hub cache."""
+  folder = tmp_path / "theirs"
+  shutil.copytree(MODEL, folder)
+  for name, text in COMPANIONS.items():
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o444)
+  return folder
+
+
+def test_there_and_back(source, tmp_path, capsys):
+  ours, back = tmp_path / "ours", tmp_path / "back"
+  assert _convert("import", f"--hf={source}", f"--out={ours}") == 0
+  said = capsys.readouterr()
+  assert f"{ours}: params/, extra.json, tokenizer/ (4 files)" in said.out
+  assert "float32" in said.out and "import: 100%" in said.err and "B/s" in said.err
+  assert {p.name for p in (ours / "tokenizer").iterdir()} == COMPANIONS.keys()
+
+  assert _convert("export", f"--checkpoint={ours}", f"--out={back}") == 0
+  said = capsys.readouterr()
+  assert f"{back}: config.json" in said.out and "export: 100%" in said.err
+  _check_equal(_read(back), _read(source))
+  for name, text in COMPANIONS.items():
+    assert (back / name).read_text() == text
+  theirs = model_config.from_hf(hf.read_config(source))
+  assert model_config.from_hf(hf.read_config(back)) == theirs
+
+
+def test_a_run_can_start_from_an_import(source, tmp_path):
+  """What `start.open_policy` reads: extra["model"], parameters in the model's tree."""
+  ours = tmp_path / "ours"
+  assert _convert("import", f"--hf={source}", f"--out={ours}") == 0
+  described = checkpoint.load_extra(ours)["model"]
+  assert described == hf.read_config(source)
+  config = model_config.from_hf(described)
+  params, _ = checkpoint.load_params(ours, qwen2_5_vl.abstract(config))
+  _check_equal(
+    {k: v.astype("bfloat16") for k, v in hf.export_state(config, params).items()},
+    _read(source),
+  )
+
+
+def test_half_size(source, tmp_path):
+  ours = tmp_path / "ours"
+  assert _convert("import", f"--hf={source}", f"--out={ours}", "--dtype=bfloat16") == 0
+  params, _ = checkpoint.load_params(ours)
+  assert {str(x.dtype) for x in jax.tree.leaves(params)} == {"bfloat16"}
+
+
+def test_export_of_a_workdir(source, tmp_path):
+  """The newest step of a run, parameters only."""
+  config = model_config.from_hf(hf.read_config(source))
+  params = hf.import_checkpoint(source, config)
+  saver = checkpoint.Checkpoints(tmp_path / "run", model=model_config.to_hf(config))
+  saver.save(1, {"params": jax.tree.map(lambda x: 0 * x, params), "step": jnp.int32(1)})
+  saver.save(2, {"params": params, "step": jnp.int32(2)})
+  saver.close()
+  out = tmp_path / "out"
+  assert _convert("export", f"--checkpoint={tmp_path / 'run'}", f"--out={out}") == 0
+  _check_equal(_read(out), _read(source))
+
+
+def _refused(capsys, match, *argv):
+  assert _convert(*argv) == 2
+  error = capsys.readouterr().err.splitlines()[-1]
+  assert error.startswith("error: ") and match in error, error
+
+
+def test_refusals_are_one_line(source, tmp_path, capsys):
+  full = tmp_path / "full"
+  full.mkdir()
+  (full / "notes.txt").write_text("mine")
+  new = tmp_path / "new"
+  _refused(capsys, "is not empty", "import", f"--hf={source}", f"--out={full}")
+  _refused(capsys, "is not a folder", "import", "--hf=/nowhere", f"--out={new}")
+  _refused(
+    capsys, "config.json does not exist", "import", f"--hf={full}", f"--out={new}"
+  )
+  _refused(capsys, "holds neither", "export", f"--checkpoint={full}", f"--out={new}")
+  described = json.loads((source / "config.json").read_text())
+  described["text_config"]["use_sliding_window"] = True
+  (source / "config.json").write_text(json.dumps(described))
+  _refused(capsys, "use_sliding_window", "import", f"--hf={source}", f"--out={new}")
+  assert not new.exists()
+
+
+def test_as_a_command():
+  run = subprocess.run(
+    [sys.executable, ROOT / "tools/convert.py", "import", "--hf=/nowhere", "--out=/x"],
+    capture_output=True, text=True, timeout=120, cwd="/",
+  )  # fmt: skip
+  assert run.returncode == 2
+  assert run.stderr.startswith("error: /nowhere is not a folder"), run.stderr

@@ -1,0 +1,249 @@
+"""Sampling, fork and the pieces of a prefill, on arrays."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixel_jax.batch import Cache
+from pixel_jax.model import config as model_config
+from pixel_jax.model import qwen2_5_vl
+from pixel_jax.rollout import decode
+from pixel_jax.rollout.decode import Sampling
+
+B, V, S = 8, 40, 32
+END = 3
+
+
+@pytest.fixture(scope="module")
+def model():
+  config = model_config.tiny(V, scan_layers=True)  # compiles faster
+  params = qwen2_5_vl.init(config, jax.random.key(1))
+  params["text"]["head"]["w"] = params["text"]["head"]["w"] * 2
+  return config, params
+
+
+def keys(n, start=0):
+  return np.stack([np.arange(start, start + n), np.zeros(n)], 1).astype(np.uint32)
+
+
+# ---- Sampling ------------------------------------------------------------------------
+
+
+def test_frequencies_follow_the_softmax_at_the_temperature():
+  logits = jnp.log(jnp.array([0.5, 0.3, 0.2, 1e-30]))
+  n = 20_000
+  token, logp = jax.jit(decode.sample, static_argnums=2)(
+    jnp.tile(logits, (n, 1)), keys(n), Sampling(temperature=2.0)
+  )
+  p = np.sqrt([0.5, 0.3, 0.2])
+  p /= p.sum()
+  got = np.bincount(token, minlength=4)[:3] / n
+  np.testing.assert_allclose(got, p, atol=4 * 0.5 / n**0.5)
+  np.testing.assert_allclose(np.exp(logp), p[np.asarray(token)], rtol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 2**31), st.integers(0, 12), st.floats(0.01, 1), st.floats(0.3, 3))
+def test_truncation_keeps_the_likeliest_and_reports_the_full_logp(
+  seed, top_k, top_p, temperature
+):
+  logits = np.random.default_rng(seed).normal(size=(16, 10)).astype(np.float32) * 2
+  token, logp = decode.sample(
+    jnp.asarray(logits), keys(16, seed), Sampling(temperature, top_p, top_k)
+  )
+  full = np.asarray(jax.nn.log_softmax(jnp.asarray(logits) / temperature))
+  for row, t, lp in zip(full, np.asarray(token), np.asarray(logp)):
+    assert lp == row[t]
+    order = np.argsort(-row)
+    kept = order[: top_k or None]
+    p = np.exp(row[kept]) / np.exp(row[kept]).sum()
+    before = np.cumsum(p) - p  # mass of what is likelier
+    assert t in kept and before[list(kept).index(t)] < top_p + 1e-5
+
+
+def test_greedy_and_tiny_top_p_agree():
+  logits = jnp.asarray(np.random.default_rng(0).normal(size=(B, V)), jnp.float32)
+  best = logits.argmax(-1)
+  assert (decode.sample(logits, keys(B), Sampling(greedy=True))[0] == best).all()
+  assert (decode.sample(logits, keys(B), Sampling(top_p=1e-6))[0] == best).all()
+  assert (decode.sample(logits, keys(B), Sampling(top_k=1))[0] == best).all()
+
+
+def test_banned_ids_stay_banned_under_truncation():
+  logits = jnp.where(jnp.arange(V) < V - 2, -jnp.inf, jnp.zeros((B, V)))
+  token, logp = decode.sample(logits, keys(B), Sampling(top_k=5, top_p=0.9))
+  assert (token >= V - 2).all()
+  np.testing.assert_allclose(logp, np.log(0.5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}])
+def test_sampling_is_checked(bad):
+  with pytest.raises(ValueError, match="greedy=True"):
+    Sampling(**bad)
+
+
+# ---- Decoding ------------------------------------------------------------------------
+
+
+def slots(ids, budget, forced=None, start=0):
+  """Where slots stand after prompts of `ids` i32[B n], fed but for the last."""
+  n = ids.shape[1]
+  return decode.Slots(
+    length=np.full(B, n - 1, np.int32),
+    last=ids[:, -1],
+    position=np.full(B, n - 1, np.int32),
+    budget=np.asarray(budget, np.int32),
+    key=keys(B, start),
+    forced=np.full(B, -1, np.int32) if forced is None else np.asarray(forced, np.int32),
+  )
+
+
+def prefill(model, ids, pieces):
+  """A cache that holds ids[:, :-1], fed in pieces."""
+  config, params = model
+  cache = qwen2_5_vl.init_cache(config, B, S)
+  bank = jnp.zeros((4, config.text.width))
+  at = 0
+  for n in pieces:
+    T = n + 2  # two tokens of padding
+    tokens, position = np.zeros((B, T), np.int32), np.zeros((B, T, 3), np.int32)
+    tokens[:, :n] = ids[:, at : at + n]
+    position[:, :n] = np.arange(at, at + n)[:, None]
+    rows = np.arange(B)[::-1].astype(np.int32)  # any order of rows
+    turns = decode.Turns(
+      slot=rows,
+      length=np.full(B, at, np.int32),
+      count=np.full(B, n, np.int32),
+      tokens=tokens[rows],
+      position=position,
+      feature=np.full((B, T), -1, np.int32),
+    )
+    cache = jax.jit(decode.extend, static_argnums=0)(config, params, cache, turns, bank)
+    at += n
+  assert at == ids.shape[1] - 1
+  return cache
+
+
+def play(model, cache, standing, chunk=6, sampling=Sampling(), banned=()):  # noqa: B008
+  config, params = model
+  mask = np.zeros(V, bool)
+  mask[list(banned)] = True
+  f = jax.jit(
+    decode.decode,
+    static_argnames=("config", "sampling", "chunk", "stops", "view"),
+  )
+  cache, *out = f(
+    config, params, cache, standing, mask, sampling=sampling, chunk=chunk,
+    stops=(END,), view=S,
+  )  # fmt: skip
+  return cache, *(np.asarray(x) for x in out)
+
+
+@pytest.fixture(scope="module")
+def ids():
+  return np.random.default_rng(2).integers(4, V, (B, 9)).astype(np.int32)
+
+
+def full_logits(model, rows):
+  config, params = model
+  n = len(rows[0])
+  position = jnp.tile(jnp.arange(n)[None, :, None], (len(rows), 1, 3))
+  extend = jax.jit(qwen2_5_vl.extend, static_argnums=0)
+  hidden, _ = extend(
+    config,
+    params,
+    qwen2_5_vl.init_cache(config, len(rows), n),
+    rows,
+    position,
+    np.full(len(rows), n, np.int32),
+    np.full((len(rows), n), -1, np.int32),
+  )
+  return np.array(qwen2_5_vl.logits(config, params, hidden))
+
+
+@pytest.mark.parametrize("pieces", [(8,), (3, 5)])
+def test_greedy_equals_the_argmax_of_a_full_pass(model, ids, pieces):
+  cache = prefill(model, ids, pieces)
+  _, tokens, logp, count = play(
+    model, cache, slots(ids, [6] * B), sampling=Sampling(greedy=True), banned=[END]
+  )
+  assert (count == 6).all()
+  scores = full_logits(model, np.concatenate([ids, tokens], 1))[:, 8:14]
+  scores[:, :, END] = -np.inf
+  assert (scores.argmax(-1) == tokens).all()
+  full = np.asarray(jax.nn.log_softmax(scores))
+  np.testing.assert_allclose(logp, full.max(-1), atol=1e-5)
+
+
+def test_budget_stop_and_idle_slots(model, ids):
+  cache = prefill(model, ids, (8,))
+  budget = [0, 1, 2, 3, 4, 5, 6, 60]
+  after, tokens, _, count = play(model, cache, slots(ids, budget))
+  ended = [(END in row[:n]) for row, n in zip(tokens, count)]
+  for b, n, row, end in zip(budget, count, tokens, ended):
+    assert n == min(b, 6) or end
+    assert END not in row[: n - 1] if n else True
+    assert (row[n:] == 0).all()
+  np.testing.assert_array_equal(after.length, 8 + count)
+  # An idle slot's cache is left alone.
+  np.testing.assert_array_equal(after.k[:, 0], cache.k[:, 0])
+
+
+def test_two_chunks_equal_one(model, ids):
+  cache = prefill(model, ids, (8,))
+  one = play(model, cache, slots(ids, [12] * B), chunk=12, banned=[END])
+  first = play(model, cache, slots(ids, [12] * B), chunk=5, banned=[END])
+  then = slots(np.concatenate([ids, first[1]], 1), [7] * B)
+  second = play(model, first[0], then, chunk=7, banned=[END])
+  for i in (1, 2):
+    np.testing.assert_array_equal(one[i], np.concatenate([first[i], second[i]], axis=1))
+
+
+def test_forced_token_and_ban(model, ids):
+  cache = prefill(model, ids, (8,))
+  forced = [7, -1] * (B // 2)
+  banned = range(4, 30)
+  _, tokens, logp, count = play(
+    model, cache, slots(ids, [4] * B, forced), banned=banned
+  )
+  assert (tokens[::2, 0] == 7).all() and (logp[::2, 0] == 0).all()
+  free = np.concatenate([tokens[1::2].ravel(), tokens[::2, 1:].ravel()])
+  assert not np.isin(free, banned).any() and count.min() >= 1
+  # The log-prob of the others is that of the distribution under the ban.
+  scores = full_logits(model, np.concatenate([ids, tokens], 1))[1::2, 8]
+  scores[:, list(banned)] = -np.inf
+  full = np.asarray(jax.nn.log_softmax(scores))
+  np.testing.assert_allclose(
+    logp[1::2, 0], full[np.arange(B // 2), tokens[1::2, 0]], atol=1e-5
+  )
+
+
+def test_a_row_does_not_depend_on_the_others(model, ids):
+  cache = prefill(model, ids, (8,))
+  whole = play(model, cache, slots(ids, [6] * B))
+  order = np.random.default_rng(0).permutation(B)
+  moved = prefill(model, ids[order], (8,))
+  standing = slots(ids[order], [6] * B)
+  standing = standing.replace(key=keys(B)[order])
+  mixed = play(model, moved, standing)
+  for i in (1, 2, 3):
+    np.testing.assert_array_equal(whole[i][order], mixed[i])
+
+
+# ---- Fork ----------------------------------------------------------------------------
+
+
+def test_fork_copies_in_the_given_order_and_no_more():
+  rng = np.random.default_rng(0)
+  k, v = rng.normal(size=(2, 2, B, 1, 6, 3)).astype(np.float32)
+  cache = Cache(k=jnp.asarray(k), v=jnp.asarray(v), length=jnp.zeros(B, jnp.int32))
+  source, target = np.array([1, 1, 4, 0]), np.array([2, 0, 5, 7])
+  out = jax.jit(decode.fork, static_argnames="size")(cache, source, target, 3, size=4)
+  for got, x in ((out.k, k), (out.v, v)):
+    expected = x.copy()
+    for s, t in zip(source[:3], target[:3]):
+      expected[:, t, :, :4] = x[:, s, :, :4]
+    np.testing.assert_array_equal(got, expected)

@@ -1,0 +1,223 @@
+"""The log of a run: what is written, what a restart cuts off, which FLOPs count."""
+
+import json
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tensorboardX
+
+from pixel_jax import metrics
+
+
+def lines(root):
+  return [json.loads(x) for x in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensorboard(root):
+  """(step, tag, value) of every scalar in tensorboard/."""
+  found = []
+  for path in sorted((root / "tensorboard").glob("*tfevents*")):
+    for _, event in metrics._read_events(path.read_bytes()):
+      found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
+  return found
+
+
+def run(root, first, last, **kwargs):
+  writer = metrics.Writer(root, first_step=first, total_steps=10, **kwargs)
+  for step in range(first + 1, last + 1):
+    with writer.timer("update"):
+      pass
+    writer.write(step, {"loss": jnp.float32(step / 2), "reward/mean": 0.5}, tokens=100)
+  writer.close()
+
+
+def without_perf(row):
+  return {k: v for k, v in row.items() if not k.startswith("perf/")}
+
+
+def test_a_step_is_one_object_and_the_clock_is_under_perf(tmp_path):
+  run(tmp_path, 0, 3)
+  rows = lines(tmp_path)
+  assert [without_perf(r) for r in rows] == [
+    {"step": s, "loss": s / 2, "reward/mean": 0.5} for s in (1, 2, 3)
+  ]
+  for row in rows:
+    assert {
+      "perf/update_s",
+      "perf/step_s",
+      "perf/tokens_per_s",
+      "perf/compiles",
+    } <= set(row)
+    assert "perf/mfu" not in row  # a CPU has no known peak
+  assert (2, "loss", 1.0) in tensorboard(tmp_path)
+
+
+def test_timers_add_up_and_start_anew(tmp_path, monkeypatch):
+  clock = iter(range(100))
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
+  writer = metrics.Writer(tmp_path)
+  for _ in range(2):
+    with writer.timer("rollout"):
+      pass
+  with pytest.raises(KeyError), writer.timer("reward"):
+    raise KeyError  # a failed block has taken its time, too
+  writer.write(1, {})
+  writer.write(2, {})
+  first, second = lines(tmp_path)
+  assert first["perf/rollout_s"] == 2 and first["perf/reward_s"] == 1
+  assert "perf/rollout_s" not in second
+
+
+def test_nan_is_null(tmp_path):
+  writer = metrics.Writer(tmp_path)
+  writer.write(1, {"loss": float("nan"), "reward/mean": np.inf, "n": np.int64(3)})
+  writer.close()
+  assert without_perf(lines(tmp_path)[0]) == {
+    "step": 1,
+    "loss": None,
+    "reward/mean": None,
+    "n": 3.0,
+  }
+
+
+def test_going_on_from_a_step_equals_never_having_stopped(tmp_path):
+  run(tmp_path / "straight", 0, 6)
+  run(tmp_path / "killed", 0, 5)
+  with (tmp_path / "killed" / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 6, "lo')  # killed in the middle of a line
+  run(tmp_path / "killed", 3, 6)
+  straight, killed = (
+    [without_perf(r) for r in lines(tmp_path / d)] for d in ("straight", "killed")
+  )
+  assert straight == killed
+  steps = [s for s, tag, _ in tensorboard(tmp_path / "killed") if tag == "loss"]
+  assert sorted(steps) == [1, 2, 3, 4, 5, 6]
+
+
+def test_cut_back_of_trajectories(tmp_path):
+  folder = tmp_path / "trajectories"
+  (folder / "eval").mkdir(parents=True)
+  names = [
+    "step_000003.jsonl",
+    "step_000004.jsonl",
+    "eval/step_000009.jsonl",
+    "notes.md",
+  ]
+  for name in [*names, "step_000001.jsonl.partial"]:
+    (folder / name).write_text("x")
+  metrics.cut_back(tmp_path, 3)
+  left = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+  assert left == ["notes.md", "step_000003.jsonl"]
+
+
+def test_cut_back_to_nothing_and_of_nothing(tmp_path):
+  metrics.cut_back(tmp_path, 0)
+  run(tmp_path, 0, 2)
+  metrics.cut_back(tmp_path, 0)
+  assert lines(tmp_path) == [] and tensorboard(tmp_path) == []
+
+
+def test_a_tensorboard_file_cut_short_is_read_to_its_last_whole_record(tmp_path):
+  run(tmp_path, 0, 3)
+  (path,) = (tmp_path / "tensorboard").glob("*tfevents*")
+  path.write_bytes(path.read_bytes()[:-5])
+  before = tensorboard(tmp_path)
+  metrics.cut_back(tmp_path, 2)
+  assert tensorboard(tmp_path) == [e for e in before if e[0] <= 2]
+  assert tensorboardX.__version__  # its checksums are copied, not recomputed
+
+
+def test_compiles_are_counted():
+  before = metrics.count_compiles()
+  f = jax.jit(lambda x: jnp.cos(x) * 3.25 + 1.125)
+  f(np.ones(11, np.float32)), f(np.ones(11, np.float32))
+  assert metrics.count_compiles() == before + 1
+
+
+def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
+  run(tmp_path, 0, 10)
+  shown = capsys.readouterr().err.strip().splitlines()
+  assert len(shown) == 2  # the first step, then ten seconds of silence, then the last
+  assert shown[0].startswith("step 1/10, ") and "loss 0.5" in shown[0]
+
+
+def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
+  import sys
+
+  monkeypatch.setitem(sys.modules, "wandb", None)
+  with pytest.raises(ImportError, match=r"pip install pixel_jax\[wandb\]"):
+    metrics.Writer(tmp_path, wandb={})
+
+
+# ---- FLOPs ---------------------------------------------------------------------------
+
+TEXT = types.SimpleNamespace(
+  vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128, mlp=18_944
+)
+VISION = types.SimpleNamespace(
+  width=1280,
+  depth=32,
+  mlp=3420,
+  out_width=3584,
+  merge=2,
+  patch_dim=1176,
+  window_patches=64,
+  fullatt=(7, 15, 23, 31),
+)
+SEVEN = types.SimpleNamespace(text=TEXT, vision=VISION)
+
+
+@pytest.mark.parametrize("context, gf", [(4096, 14.96), (16_384, 17.43)])
+def test_text_flops_equal_the_published_formula(context, gf):
+  """performance.md 2.1: 14.14 GF + 0.2007 MF * T forward, and three times that."""
+  ours = metrics.flops_per_token(SEVEN, context=context)
+  assert abs(ours / 3e9 / gf - 1) < 2e-3
+
+
+@pytest.mark.parametrize("image, gf", [(1024, 1.315), (4096, 1.378), (16_384, 1.630)])
+def test_vision_flops_equal_the_published_formula(image, gf):
+  def at(patches):
+    return metrics.flops_per_token(
+      SEVEN,
+      context=1,
+      patches_per_token=patches,
+      patches_per_image=image,
+      train_vision=False,
+    )
+
+  assert abs((at(1) - at(0)) / 1e9 / gf - 1) < 2e-3
+
+
+def test_frozen_parts_cost_less():
+  def at(**kwargs):
+    return metrics.flops_per_token(
+      SEVEN, context=4096, patches_per_token=1, patches_per_image=1024, **kwargs
+    )
+
+  assert at() > at(train_vision=False) > at(train_text=False, train_vision=False)
+
+
+@pytest.mark.parametrize(
+  "kind, peak",
+  [
+    ("TPU v5 lite", 197e12),
+    ("TPU v5p", 459e12),
+    ("NVIDIA H200 NVL", 989e12),
+    ("cpu", None),
+  ],
+)
+def test_peaks(monkeypatch, kind, peak):
+  device = types.SimpleNamespace(device_kind=kind)
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  assert metrics.peak_flops() == peak
+
+
+def test_mfu(tmp_path, monkeypatch):
+  monkeypatch.setattr(metrics, "peak_flops", lambda: 1e12)
+  run(tmp_path, 0, 1, flops_per_token=1e9)
+  (row,) = lines(tmp_path)
+  expected = row["perf/tokens_per_s"] * 1e9 / (8 * 1e12)  # of eight devices
+  assert row["perf/mfu"] == pytest.approx(expected)

@@ -1,0 +1,88 @@
+"""Every sample plays once, in order, on a prompt that really lies in its home slot."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pixel_jax.rollout.scheduler import Scheduler
+
+
+def play(slots, groups, group_size, delay, turns):
+  """Plays with `turns[i]` = chunks of each turn of sample i; returns what happened."""
+  plan = Scheduler(slots=slots, groups=groups, group_size=group_size, delay=delay)
+  prompt = [None] * slots  # group whose prompt lies in the slot
+  playing, left, log = {}, {}, []
+  prefills = []
+  while not plan.done:
+    assert plan.chunk < 10_000, "the scheduler never ends"
+    begun, new = plan.refill()
+    for part, fresh in ((begun, False), (new, True)):
+      if fresh:  # prompts of the second list are computed after the copies of the first
+        for s in part:
+          if s.sample == 0:
+            prefills.append(s.group)
+            prompt[s.slot] = s.group
+      for s in part:
+        assert s.slot not in playing
+        assert prompt[s.home] == s.group
+        prompt[s.slot] = s.group
+    for s in begun + new:
+      playing[s.slot] = s
+      left[s.slot] = list(turns[s.group * group_size + s.sample])
+      log.append((s.group, s.sample))
+    for slot in plan.collect():
+      assert slot not in plan.decoding
+      plan.resume(slot)
+    for slot in sorted(plan.decoding):
+      left[slot][0] -= 1
+      if left[slot][0] == 0:
+        left[slot].pop(0)
+        if left[slot]:
+          plan.submit(slot)
+        else:
+          plan.release(slot)
+          del playing[slot]
+    plan.tick()
+  assert not playing
+  return log, prefills, plan.chunk
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_every_sample_starts_once_in_order(data):
+  slots = data.draw(st.integers(1, 9))
+  groups = data.draw(st.integers(0, 6))
+  group_size = data.draw(st.integers(1, 12))
+  delay = data.draw(st.integers(0, 3))
+  turn = st.lists(st.integers(1, 4), min_size=1, max_size=3)
+  n = groups * group_size
+  turns = data.draw(st.lists(turn, min_size=n, max_size=n))
+  log, prefills, _ = play(slots, groups, group_size, delay, turns)
+  assert log == [(g, s) for g in range(groups) for s in range(group_size)]
+  assert prefills == list(range(groups))
+
+
+def test_a_slot_is_refilled_while_others_decode():
+  # One long sample must not hold up the short ones: 1 x 8 chunks beside 8 x 1.
+  _, _, chunks = play(2, 9, 1, 0, [[8]] + [[1]] * 8)
+  assert chunks == 8
+
+
+def test_operations_return_in_the_order_and_chunk_they_were_submitted_for():
+  plan = Scheduler(slots=4, groups=4, group_size=1, delay=2)
+  plan.refill()
+  plan.submit(2)
+  plan.submit(0)
+  plan.tick()
+  plan.submit(1)
+  assert plan.collect() == []
+  plan.tick()
+  assert plan.collect() == [2, 0]
+  plan.tick()
+  assert plan.collect() == [1]
+  assert plan.decoding == {3} and not plan.done
+
+
+def test_sizes_are_checked():
+  with pytest.raises(ValueError, match="at least one slot"):
+    Scheduler(slots=0, groups=1, group_size=1)

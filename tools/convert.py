@@ -1,0 +1,154 @@
+"""Hugging Face checkpoints to ours and back.
+
+  python tools/convert.py import --hf=DIR --out=DIR [--dtype=float32|bfloat16]
+  python tools/convert.py export --checkpoint=DIR --out=DIR [--dtype=bfloat16|float32]
+
+What import writes is what `--config.init=DIR` takes: params/ (orbax), extra.json and
+tokenizer/.  Training wants float32, which holds a bfloat16 file exactly.  Export takes
+that, or the workdir of a run (its newest step), and writes a folder that transformers
+and vLLM load.
+"""
+
+import argparse
+import pathlib
+import shutil
+import sys
+
+import jax
+from tqdm import tqdm
+
+from pixel_jax import checkpoint, parallel
+from pixel_jax.model import config as model_config
+from pixel_jax.model import hf, qwen2_5_vl
+
+# Beside the weights, what a tokenizer or a processor of transformers reads.
+COMPANIONS = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "chat_template.json",
+  "chat_template.jinja",
+  "preprocessor_config.json",
+  "video_preprocessor_config.json",
+  "processor_config.json",
+  "generation_config.json",
+)
+
+
+def import_hf(source: str, out: str, dtype: str) -> None:
+  """An HF folder -> a checkpoint of ours, sharded over all devices on the way."""
+  source, out = _folder(source), _fresh(out)
+  described = hf.read_config(source)
+  config = model_config.from_hf(described)
+  shardings = parallel.shardings(
+    parallel.make_mesh(data=1, fsdp=-1),
+    hf.logical_axes(config),
+    qwen2_5_vl.abstract(config),
+  )
+  with _Bar("import") as progress:
+    params = hf.import_checkpoint(source, config, shardings, dtype, progress)
+  print("writing ...")
+  checkpoint.save_params(out, params, {"model": described, "hf": str(source)})
+  copied = _copy(source, out / "tokenizer")
+  print(f"{_size(params)} -> {out}: params/, extra.json, tokenizer/ ({copied} files)")
+  if not (out / "tokenizer" / "tokenizer.json").is_file():
+    print(f"no tokenizer.json in {source}: add one to {out}/tokenizer before a run")
+
+
+def export_hf(source: str, out: str, dtype: str) -> None:
+  """A checkpoint of ours, or a workdir -> an HF folder."""
+  source, out = _folder(source), _fresh(out)
+  extra = checkpoint.load_extra(source)
+  config = model_config.from_hf(extra["model"])
+  print("reading ...")
+  params, _ = checkpoint.load_params(source, None, _spread(config))
+  with _Bar("export") as progress:
+    hf.export_checkpoint(config, params, out, dtype, progress=progress)
+  copied = _copy(source / "tokenizer", out)
+  print(f"{_size(params)} -> {out}: config.json, *.safetensors and {copied} more files")
+
+
+def _spread(config: model_config.ModelConfig):
+  """None on one device, which `load_params` takes for all; else over all of them."""
+  if jax.device_count() == 1:
+    return None
+  mesh = parallel.make_mesh(data=1, fsdp=-1)
+  return parallel.shardings(mesh, hf.logical_axes(config), qwen2_5_vl.abstract(config))
+
+
+def _folder(path: str) -> pathlib.Path:
+  folder = pathlib.Path(path).expanduser().resolve()
+  if not folder.is_dir():
+    raise FileNotFoundError(f"{folder} is not a folder; give one that exists.")
+  return folder
+
+
+def _fresh(path: str) -> pathlib.Path:
+  folder = pathlib.Path(path).expanduser().resolve()
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise FileExistsError(f"--out={folder} is not empty; give a new folder.")
+  return folder
+
+
+def _copy(source: pathlib.Path, out: pathlib.Path) -> int:
+  files = [source / name for name in COMPANIONS if (source / name).is_file()]
+  out.mkdir(parents=True, exist_ok=True)
+  for file in files:
+    shutil.copyfile(file, out / file.name)  # not the mode: hub caches are read-only
+  return len(files)
+
+
+def _size(params: dict) -> str:
+  leaves = jax.tree.leaves(params)
+  total = sum(x.nbytes for x in leaves) / 1e9
+  kinds = ", ".join(sorted({str(x.dtype) for x in leaves}))
+  return f"{sum(x.size for x in leaves):,} parameters, {total:.2f} GB of {kinds}"
+
+
+class _Bar:
+  """A progress bar in bytes with its rate: what `progress=` of hf.py takes."""
+
+  def __init__(self, what: str):
+    self._bar = tqdm(desc=what, unit="B", unit_scale=True, unit_divisor=1000)
+
+  def __call__(self, done: int, total: int) -> None:
+    self._bar.total = total
+    self._bar.update(done - self._bar.n)
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *error) -> None:
+    self._bar.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  one = commands.add_parser("import", help="Hugging Face -> ours")
+  one.add_argument("--hf", required=True, help="folder of config.json, *.safetensors")
+  one.add_argument("--out", required=True, help="new folder, for --config.init")
+  one.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  two = commands.add_parser("export", help="ours -> Hugging Face")
+  two.add_argument("--checkpoint", required=True, help="output of import, or a workdir")
+  two.add_argument("--out", required=True, help="new folder")
+  two.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+  args = parser.parse_args(argv)
+  try:
+    if args.command == "import":
+      import_hf(args.hf, args.out, args.dtype)
+    else:
+      export_hf(args.checkpoint, args.out, args.dtype)
+  except (ValueError, OSError, checkpoint.CheckpointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,101 @@
+"""The learning trap over several seeds: every seed, both arms, one table, one picture.
+
+  python tools/trap.py --out=runs/trap [--seeds 0 1 2 3] [--steps N]
+
+For each seed: base skills, SFT, then the same RL run twice from the same SFT checkpoint,
+with curiosity (alpha = 0.5) and without (alpha = 0).  Seeds that do not show the trap
+are listed like the others.  What stands already is reused, so a killed call continues.
+Writes OUT/trap.md (the README's table) and OUT/trap.svg (its picture).
+"""
+
+import argparse
+import json
+import pathlib
+import subprocess
+import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from pixel_jax.view import charts
+
+ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+
+def call(module: str, config: str, workdir: pathlib.Path, *overrides: str) -> None:
+  command = [sys.executable, "-m", f"pixel_jax.{module}", f"--config=configs/{config}"]
+  command += [f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
+  print("$", " ".join(command), flush=True)
+  subprocess.run(command, check=True, cwd=ROOT)
+
+
+def run_seed(out: pathlib.Path, seed: int, steps: int | None) -> dict:
+  """Both arms of a seed; returns its evaluation."""
+  base, sft = out / "base", out / "sft"
+  of_seed = f"seed={seed}"
+  call("train_sft", "sft.py:tiny,base", base, of_seed)
+  call("train_sft", "sft.py:tiny", sft, of_seed, f"init={base}")
+  policies = [f"BASE={base}", f"SFT={sft}"]
+  for name, alpha in ARMS.items():
+    workdir = out / f"rl_{alpha:g}"
+    more = [f"total_steps={steps}"] if steps else []
+    alone = [of_seed, f"init={sft}", f"reward.alpha={alpha}", *more]
+    call("train_rl", "rl.py:tiny", workdir, *alone)
+    policies.append(f"RL {name}={workdir}")
+  done = out / "eval" / "evaluation.json"
+  if not done.exists():
+    policies = ",".join(policies)
+    call("evaluate", "evaluate.py:tiny", out / "eval", f"policies={policies}")
+  return json.loads(done.read_text())
+
+
+def table(evaluations: dict[int, dict]) -> str:
+  """Markdown: a row a seed and policy."""
+  lines = [
+    "| seed | policy | free | forbidden | forced | RaPR | box or frame covers the cue |",
+    "|---|---|---|---|---|---|---|",
+  ]
+  for seed, evaluation in evaluations.items():
+    for row in evaluation["rows"]:
+      free, forced = row["modes"]["free"], row["modes"]["forced"]
+      cells = [interval(row["modes"][m], "accuracy", "ci") for m in row["modes"]]
+      cells += [f"{free['rapr']:.3f}", interval(forced, "covered", "covered_ci")]
+      lines.append(f"| {seed} | {row['name']} | " + " | ".join(cells) + " |")
+  return "\n".join(lines) + "\n"
+
+
+def interval(mode: dict, key: str, around: str) -> str:
+  if key not in mode:
+    return "-"
+  low, high = mode[around]
+  return f"{mode[key]:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def metrics(workdir: pathlib.Path) -> list[dict]:
+  lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "trap")
+  parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+  parser.add_argument("--steps", type=int, help="RL steps; default: the config's")
+  args = parser.parse_args()
+  out = args.out.resolve()
+  evaluations, arms = {}, {}
+  for seed in args.seeds:
+    evaluations[seed] = run_seed(out / f"seed_{seed}", seed, args.steps)
+    for name, alpha in ARMS.items():
+      rows = metrics(out / f"seed_{seed}" / f"rl_{alpha:g}")
+      arms[f"{name}, seed {seed}"] = rows
+    (out / "trap.md").write_text(table(evaluations), encoding="utf-8")
+    (out / "trap.svg").write_text(charts.trap_figure(arms), encoding="utf-8")
+  print(table(evaluations))
+  print(f"done: {out}/trap.md, {out}/trap.svg")
+
+
+if __name__ == "__main__":
+  main()
