@@ -46,7 +46,7 @@ def codec(size):
     budgets = dict(
       image=(84 * 84, 84 * 84),
       video=(28 * 28, 28 * 28),
-      crop=(2400, 4700),  # 56 x 56 for every box that is about square
+      crop=(28 * 56, 56 * 56),  # 56 x 56 for a box that is about square
       frame=(112 * 112, 112 * 112),
     )
     return dict(profile="clean", budgets=budgets, video_frames=8)

@@ -29,7 +29,7 @@ def get_config(arg="tiny"):
   if arg.size == "tiny":
     c.data.update(uri="world:test", tasks=1024)
     c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=40, patches=1024, chunk=16
+      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
     )
     c.rollout.update(max_turns=3, max_new_tokens=16)
   return c

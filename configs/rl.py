@@ -63,7 +63,7 @@ def get_config(arg="tiny"):
     c.data.update(uri="world:train", shards=4)
     c.eval.update(uri="world:val", tasks=256)
     c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=40, patches=1024, chunk=16
+      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
     )
     c.rollout.update(max_turns=3, max_new_tokens=16)
     c.rl.update(

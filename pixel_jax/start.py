@@ -65,11 +65,11 @@ def stop(error: Exception) -> None:
 
 
 def call(section: str, function, *args, **kwargs):
-  """Calls `function` with a config section; a key that it lacks is a `ConfigError`."""
+  """Calls `function` with a config section; what it refuses is a `ConfigError`."""
   try:
     return function(*args, **kwargs)
-  except TypeError as error:
-    if "argument" not in str(error):
+  except (TypeError, ValueError) as error:
+    if isinstance(error, TypeError) and "argument" not in str(error):
       raise
     raise ConfigError(f"config.{section}: {error}") from error
 

@@ -140,15 +140,13 @@ def alone(e):
 
 def noisy(config, seed=0):
   """Parameters that are random in every leaf."""
-  params = model.init(config, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [
-      x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)
-    ],
-  )
+  rng = np.random.default_rng(seed)
+
+  def draw(path, x):
+    mean, fan_in = float(path[-1].key == "scale"), x.shape[-2] if x.ndim > 2 else 100
+    return jnp.array(mean + rng.normal(size=x.shape) * fan_in**-0.5, jnp.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, model.abstract(config))
 
 
 def close(got, want, tolerance):

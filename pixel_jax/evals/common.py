@@ -1,8 +1,8 @@
 """What every evaluation shares: play the tasks, judge the answers, sum up.
 
-A *mode* is what the policy may do: "free" (its own choice), "forbidden" (the first token
-of a call is masked at every turn's start) or "forced" (it must begin with a call).
-Forbidding changes one token's logit, so what it costs is what looking is worth.
+A *mode* is what the policy may do: "free" (its own choice), "forbidden" (no token that
+begins a call is ever drawn) or "forced" (its first turn begins with a call).  Forbidding
+changes the logits of a few tokens, so what it costs is what looking is worth.
 """
 
 import collections
@@ -51,12 +51,13 @@ def judge(trajectory: Trajectory) -> float:
 
 
 def summarize(
-  trajectories: list[Trajectory], covers: Callable[[Task, OpCall], bool] | None = None
+  trajectories: list[Trajectory],
+  covers: Callable[[Task, OpCall, list[OpCall]], bool] | None = None,
 ) -> dict:
   """Accuracy with its 95 % Wilson interval, and how the operations went.
 
-  `covers(task, call)` tells whether a call shows what the question asks for; `covered`
-  is its rate over the rollouts that operated.
+  `covers(task, call, earlier calls)` tells whether a call shows what the question asks
+  for; `covered` is its rate over the rollouts that operated.
   """
   n = len(trajectories)
   right = [judge(t) for t in trajectories]
@@ -81,7 +82,9 @@ def summarize(
     "stops": dict(collections.Counter(t.stop for t in trajectories)),
   }
   if covers is not None and used:
-    hits = sum(any(covers(t.task, c) for c in t.calls) for t in used)
+    hits = sum(
+      any(covers(t.task, c, t.calls[:i]) for i, c in enumerate(t.calls)) for t in used
+    )
     out |= {"covered": hits / len(used), "covered_ci": wilson(hits, len(used))}
   return out
 

@@ -239,7 +239,7 @@ def _read(
   x = table.permute(x, theirs, ours)
   # An axis of ours made of several has been read whole.
   x = x[tuple(i if len(g) > 1 else slice(None) for g, i in zip(ours, index))]
-  return np.ascontiguousarray(x)
+  return _packed(x)
 
 
 def _to_device(
@@ -386,7 +386,7 @@ def _export(
     theirs, ours = table.parse(row.equation)
     size = table.sizes(config, row)
     x = x.reshape([size[a] for group in ours for a in group])
-    yield name, np.ascontiguousarray(table.permute(x, ours, theirs))
+    yield name, _packed(table.permute(x, ours, theirs))
 
 
 def _on_host(x: Any, dtype: str | None) -> np.ndarray:
@@ -409,6 +409,12 @@ def _shards(num_bytes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     shards[-1].append(name)
     room -= size
   return shards
+
+
+def _packed(x: np.ndarray) -> np.ndarray:
+  """x in C order; as plain bits, because numpy moves its own dtypes 3 times faster."""
+  bits = x.view(f"u{x.dtype.itemsize}")
+  return np.ascontiguousarray(bits).view(x.dtype)
 
 
 def _identity(x: Any) -> Callable[[], Any]:

@@ -1,0 +1,193 @@
+"""The entry points as a user runs them: whole, killed and started again, on 8 devices."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pixel_jax import checkpoint, trajectory
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+SFT = ("train_sft", "configs/sft.py:tiny,base")
+RL = ("train_rl", "configs/rl.py:tiny")
+SMALL_SFT = dict(total_steps=5, save_every=2, eval_every=3, **{"optim.warmup_steps": 1})
+SMALL_RL = SMALL_SFT | {
+  "total_steps": 4,
+  "keep_trajectories_every": 1,
+  "rl.prompts_per_step": 4,
+  "rl.rows": 8,
+  "eval.tasks": 4,
+  "engine.slots": 32,
+}
+
+
+def command(entry, workdir, **overrides):
+  module, config = entry
+  flags = [f"--config.{k}={v}" for k, v in overrides.items()]
+  return [
+    sys.executable, "-m", f"pixel_jax.{module}", f"--config={config}",
+    f"--workdir={workdir}", *flags,
+  ]  # fmt: skip
+
+
+def start(entry, workdir, devices=1, **overrides):
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(workdir).parent / "compiled"),
+  }
+  return subprocess.Popen(
+    command(entry, workdir, **overrides),
+    cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def run(entry, workdir, devices=1, **overrides):
+  process = start(entry, workdir, devices, **overrides)
+  out, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, out
+  return out
+
+
+def kill_at(entry, workdir, step, **overrides):
+  """SIGKILL as soon as metrics.jsonl shows `step`."""
+  process = start(entry, workdir, **overrides)
+  metrics = pathlib.Path(workdir) / "metrics.jsonl"
+  until = time.monotonic() + 600
+  while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= step):
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < until
+    time.sleep(0.02)
+  process.send_signal(signal.SIGKILL)
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+
+
+def read_metrics(workdir):
+  """The lines without what depends on the clock."""
+  lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows]
+
+
+def params_of(workdir):
+  params, _ = checkpoint.load_params(workdir)
+  return {k: np.asarray(v) for k, v in checkpoint._by_path(params).items()}
+
+
+def assert_same_run(one, other):
+  assert read_metrics(one) == read_metrics(other)
+  a, b = params_of(one), params_of(other)
+  assert a.keys() == b.keys()
+  for path in a:
+    assert np.array_equal(a[path], b[path]), path
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+  """A base run of a few steps that was not disturbed."""
+  workdir = tmp_path_factory.mktemp("runs") / "base"
+  out = run(SFT, workdir, **SMALL_SFT)
+  assert "done: 5 steps" in out
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def rl(base):
+  workdir = base.parent / "rl"
+  run(RL, workdir, init=base, **SMALL_RL)
+  return workdir
+
+
+def test_sft_leaves_what_the_next_stage_needs(base):
+  rows = read_metrics(base)
+  assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
+  assert all(np.isfinite(r["loss"]) for r in rows)
+  assert "eval/loss" in rows[2] and "eval/loss" in rows[4]
+  assert (base / "config.json").exists() and (base / "tokenizer").is_dir()
+  assert checkpoint.complete_steps(base / "checkpoints") == [2, 4, 5]
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_killed_sft_goes_on_bit_for_bit(base, step, tmp_path):
+  kill_at(SFT, tmp_path / "run", step, **SMALL_SFT)
+  run(SFT, tmp_path / "run", **SMALL_SFT)
+  assert_same_run(base, tmp_path / "run")
+
+
+def test_rl_logs_agreement_and_rewards(rl):
+  rows = read_metrics(rl)
+  assert [r["step"] for r in rows] == [1, 2, 3, 4]
+  for r in rows:
+    assert 0 <= r["ops/rapr"] <= 1 and 0 <= r["reward/correct"] <= 1
+    if not r["optim/skipped"]:
+      assert r["agreement/logp_diff_max"] < 1e-4
+  for i in range(1, 5):
+    kept = list(trajectory.read_jsonl(rl / f"trajectories/step_{i:06d}.jsonl"))
+    assert len(kept) == 4 * 8
+    assert all(t.stop and "total" in t.reward for t in kept)
+
+
+def test_killed_rl_goes_on_bit_for_bit(base, rl, tmp_path):
+  kill_at(RL, tmp_path / "run", 3, init=base, **SMALL_RL)
+  run(RL, tmp_path / "run", init=base, **SMALL_RL)
+  assert_same_run(rl, tmp_path / "run")
+  for file in sorted((rl / "trajectories").iterdir()):
+    assert (tmp_path / "run" / "trajectories" / file.name).read_text() == (
+      file.read_text()
+    ), file.name
+
+
+@pytest.mark.parametrize("entry", [SFT, RL])
+def test_eight_devices_give_the_losses_of_one(entry, base, rl, tmp_path):
+  mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
+  small, one = (SMALL_SFT, base) if entry is SFT else (SMALL_RL, rl)
+  init = {} if entry is SFT else {"init": base}
+  run(entry, tmp_path / "run", devices=8, **init, **small, **mesh)
+  # Later steps start from parameters that other roundings have moved apart.
+  ours, theirs = read_metrics(tmp_path / "run")[0], read_metrics(one)[0]
+  for key in ("loss", "optim/grad_norm", "policy/entropy"):
+    assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
+
+
+@pytest.mark.parametrize(
+  "flags, told",
+  [
+    (["--config.total_stepz=3"], "total_steps"),
+    (["--config.optim.lrr=3"], '"lr"'),
+    (["--config.total_steps=many"], "total_steps"),
+    (["--config.mesh.data=3"], "mesh"),
+    (["--config.data.uri=world:tarin"], "train"),
+    (["--config.init=/nowhere"], "/nowhere"),
+    (["--config.synthesis.jitter=abc"], "jitter"),
+  ],
+)
+def test_a_mistake_in_the_config_is_told_in_one_line(flags, told, tmp_path):
+  process = subprocess.run(
+    [*command(SFT, tmp_path / "run"), *flags],
+    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
+    text=True, timeout=120,
+  )  # fmt: skip
+  assert process.returncode == 2, process.stderr
+  last = process.stderr.strip().splitlines()[-1]
+  assert last.startswith("error: ") and told in last
+  assert "Traceback" not in process.stderr
+
+
+def test_evaluate_makes_the_table(base, rl, tmp_path):
+  entry = ("evaluate", "configs/evaluate.py:tiny")
+  policies = f"BASE={base},RL={rl}"
+  run(entry, tmp_path / "eval", policies=policies, **{"data.tasks": 8})
+  result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+  assert [r["name"] for r in result["rows"]] == ["BASE", "RL"]
+  for row in result["rows"]:
+    for mode in ("free", "forbidden", "forced"):
+      low, high = row["modes"][mode]["ci"]
+      assert low <= row["modes"][mode]["accuracy"] <= high
+    assert row["modes"]["forbidden"]["rapr"] == 0
