@@ -93,6 +93,11 @@ class Policy:
   params: dict
   source: str  # where the parameters came from
 
+  @property
+  def config_json(self) -> dict:
+    """The config.json of the model, stored beside every checkpoint."""
+    return model_config.to_hf(self.config)
+
 
 def open_policy(
   init: str, *, model: dict, codec: dict, mesh, seed: int, workdir: pathlib.Path

@@ -62,6 +62,15 @@ def main(config, workdir):
   )
   start.describe(config, policy, mesh)
 
+  # ---- State ---------------------------------------------------------------------------
+  state = {
+    "params": policy.params,
+    "opt": optim.init(tx, policy.params),
+    "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
+  }
+  # What goes in comes out in the same place, so that each program compiles once.
+  layout = jax.tree.map(lambda x: x.sharding, state)
+
   # ---- Update ------------------------------------------------------------------------
   def loss_fn(params, batch, tokens):
     params = optim.trained(params, config.optim.freeze)
@@ -81,11 +90,11 @@ def main(config, workdir):
     m["policy/entropy"] = jnp.where(batch.weight > 0, entropy, 0.0).sum() / tokens
     return loss, m | {"loss": loss}
 
-  @jax.jit
+  @functools.partial(jax.jit, out_shardings=(layout["params"], None))
   def gradient(params, batch, tokens):
     return jax.grad(loss_fn, has_aux=True)(params, batch, tokens)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, None))
   def apply(state, grads):
     params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
     m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
@@ -124,13 +133,8 @@ def main(config, workdir):
     return state, m
 
   # ---- Resume ------------------------------------------------------------------------
-  state = {
-    "params": policy.params,
-    "opt": optim.init(tx, policy.params),
-    "step": jnp.zeros((), jnp.int32),
-  }
   memory = start.call("replay", replay.Replay, **config.replay)
-  saver = checkpoint.Checkpoints(workdir, model=policy.config.to_hf())
+  saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
   first, state, host = saver.restore(state)
   if host:
     questions.set_state(host["data"])
@@ -152,7 +156,7 @@ def main(config, workdir):
       )
     stats = rollouts.stats
     with writer.timer("reward"):
-      parts, mask, m = judge(groups, **config.reward)
+      parts, mask, m = judge(groups, config.rl.masked_stops, **config.reward)
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
       m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
       kept = np.asarray(grpo.kept(mask))
@@ -205,10 +209,10 @@ def main(config, workdir):
   print(f"done: {config.total_steps} steps; {workdir}: metrics.jsonl, trajectories/")
 
 
-def judge(groups, **reward):
+def judge(groups, masked_stops, **reward):
   """Rewards of the groups: parts f32[Q G], mask bool[Q G], and the step's metrics.
 
-  The mask leaves over-turn and truncated rollouts out of mean, std and loss.
+  Rollouts that stopped by one of `masked_stops` leave mean, std and loss.
   """
 
   def grid(f, dtype=np.float32):
@@ -217,7 +221,7 @@ def judge(groups, **reward):
   correct = grid(common.judge)
   succeeded = grid(lambda t: t.ops_succeeded, np.int32)
   attempted = grid(lambda t: t.ops_attempted, np.int32)
-  mask = grid(lambda t: t.stop == "answer", bool)
+  mask = grid(lambda t: t.stop not in masked_stops, bool)
   video = np.array([g[0].trajectory.task.media[0].kind == "video" for g in groups])
   parts = rewards.shaped(correct, succeeded, attempted, is_video=video, **reward)
   parts = {k: np.asarray(v) for k, v in jax.device_get(parts).items()}

@@ -53,6 +53,15 @@ def main(config, workdir):
   train = batches(uri, config.seed)
   start.describe(config, policy, mesh)
 
+  # ---- State ---------------------------------------------------------------------------
+  state = {
+    "params": policy.params,
+    "opt": optim.init(tx, policy.params),
+    "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
+  }
+  # What goes in comes out in the same place, so that each program compiles once.
+  layout = jax.tree.map(lambda x: x.sharding, state)
+
   # ---- Step --------------------------------------------------------------------------
   def loss_fn(params, batch):
     params = optim.trained(params, config.optim.freeze)
@@ -61,7 +70,7 @@ def main(config, workdir):
     loss = -(logp * batch.weight).sum() / tokens
     return loss, {"policy/entropy": (entropy * (batch.weight > 0)).sum() / tokens}
 
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
   def update(state, batch):
     (loss, m), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
     params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
@@ -74,12 +83,7 @@ def main(config, workdir):
     return loss_fn(params, batch)[0]
 
   # ---- Resume ------------------------------------------------------------------------
-  state = {
-    "params": policy.params,
-    "opt": optim.init(tx, policy.params),
-    "step": jnp.zeros((), jnp.int32),
-  }
-  saver = checkpoint.Checkpoints(workdir, model=policy.config.to_hf())
+  saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
   first, state, host = saver.restore(state)
   if host:
     train.set_state(host["data"])

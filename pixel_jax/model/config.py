@@ -141,7 +141,8 @@ def tiny(vocab_size: int, **fields: Any) -> ModelConfig:
   )
 
 
-# Published config.json files.  The two large ones have a wider vision MLP.
+# Published config.json files.  The two large ones have a wider vision MLP (3456, as in
+# the technical report; 3b and 7b were released with 3420).
 PRESETS: dict[str, ModelConfig] = {
   "tiny": tiny(512),
   "3b": ModelConfig(
@@ -211,6 +212,7 @@ def from_hf(hf: dict[str, Any], **fields: Any) -> ModelConfig:
     raise ValueError(
       f"head_dim is {head_dim}; only hidden_size / num_attention_heads is implemented."
     )
+  eos = get(text, "eos_token_id", 151_645)
   return ModelConfig(
     vision=VisionConfig(
       width=get(vision, "hidden_size", v.width),
@@ -249,7 +251,7 @@ def from_hf(hf: dict[str, Any], **fields: Any) -> ModelConfig:
     vision_start=get(hf, "vision_start_token_id", 151_652),
     vision_end=get(hf, "vision_end_token_id", 151_653),
     bos_token=get(text, "bos_token_id", 151_643),
-    eos_token=get(text, "eos_token_id", 151_645),
+    eos_token=eos[0] if isinstance(eos, list) else eos,
     **fields,
   )
 
