@@ -27,6 +27,7 @@ def get_config(arg="tiny"):
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
   )
   if arg.size == "tiny":
+    c.modes = ("free", "forbidden", "forced", "swapped")
     c.data.update(uri="world:test", tasks=1024)
     c.engine.update(
       slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16

@@ -80,6 +80,6 @@ def get_config(arg="tiny"):
     )
     c.replay.update(refill=False)  # uniform groups are dropped, nothing is drawn twice
     c.optim.update(
-      lr=2e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
+      lr=4e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
     )
   return c

@@ -34,7 +34,7 @@ stage() {  # stage NAME command...: runs it and says how long it took
 }
 few=() ; test_few=()
 if [ -n "$fast" ]; then
-  few=(--config.total_steps=2 --config.eval_every=2)
+  few=(--config.total_steps=2 --config.eval_every=2 --config.optim.warmup_steps=1)
   test_few=(--config.data.tasks=16)
 fi
 rl_few=("${few[@]}")

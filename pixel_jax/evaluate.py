@@ -17,7 +17,8 @@ from pixel_jax.rollout import engine
 def main(config, workdir):
   start.open_workdir(workdir, config)
   mesh = parallel.make_mesh()
-  named = dict(p.split("=", 1) for p in config.policies.split(",") if "=" in p)
+  parts = [p.rpartition("=") for p in config.policies.split(",")]
+  named = {name: init for name, _, init in parts if name}
   if not named:
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
@@ -43,11 +44,14 @@ def main(config, workdir):
         mode=mode,
         seed=config.seed,
         load_media=source.load_media,
+        other_scene=world.other_scene,
         **config.rollout,
       )
       is_world = config.data.uri.startswith("world:")
       modes[mode] = common.summarize(played, world.covers if is_world else None)
-      trajectory.write_jsonl(workdir / "trajectories" / f"{name}_{mode}.jsonl", played)
+      if mode != "swapped":  # its pictures could not be redrawn
+        file = workdir / "trajectories" / f"{name}_{mode}.jsonl"
+        trajectory.write_jsonl(file, played)
     rows.append({"name": name, "policy": init, "modes": modes})
     print(table(rows[-1:]))
   result = {"split": config.data.uri, "temperature": config.rollout.temperature}

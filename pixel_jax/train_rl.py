@@ -128,8 +128,12 @@ def main(config, workdir):
       sums.append(m)
     state, m = apply(state, total)
     sums = jax.device_get(sums)
+    # Rollouts without an advantage count in `tokens` but were not looked at.
+    scale = float(tokens) / max(sum(float(b.weight.sum()) for b in batches), 1.0)
     for k in sums[0]:
-      m[k] = (max if k.endswith("_max") else sum)(float(s[k]) for s in sums)
+      values = [float(s[k]) for s in sums]
+      m[k] = max(values) if k.endswith("_max") else sum(values) * scale
+    m["loss"] /= scale
     return state, m
 
   # ---- Resume ------------------------------------------------------------------------

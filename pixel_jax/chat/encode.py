@@ -208,6 +208,18 @@ class Conversation:
     other.seen = ops.Seen(list(self.seen.pictures))
     return other
 
+  def swap_sources(self, task: Task, load_media: LoadMedia) -> None:
+    """Lets operations cut from the pictures of another task; what was shown stays.
+
+    A counterfactual for evaluation: does the answer come from the crop?  Such a
+    trajectory cannot be redrawn.
+    """
+    others = question_pictures(self.codec, task, load_media)
+    self.seen.pictures = [
+      dataclasses.replace(mine, source=other.picture.source)
+      for mine, other in zip(self.seen.pictures, others, strict=True)
+    ]
+
   # ---- The policy's last turn --------------------------------------------------------
 
   def last_text(self) -> str:

@@ -1,8 +1,10 @@
 """What every evaluation shares: play the tasks, judge the answers, sum up.
 
 A *mode* is what the policy may do: "free" (its own choice), "forbidden" (no token that
-begins a call is ever drawn) or "forced" (its first turn begins with a call).  Forbidding
-changes the logits of a few tokens, so what it costs is what looking is worth.
+begins a call is ever drawn), "forced" (its first turn begins with a call) or "swapped"
+(forced, but operations return the pictures of another scene: a policy that really looks
+falls to guessing).  Forbidding changes the logits of a few tokens, so what it costs is
+what looking is worth.
 """
 
 import collections
@@ -12,7 +14,12 @@ from collections.abc import Callable
 from pixel_jax import answers
 from pixel_jax.trajectory import OpCall, Task, Trajectory
 
-FORCE = {"free": None, "forbidden": "answer", "forced": "operate"}
+FORCE = {
+  "free": None,
+  "forbidden": "answer",
+  "forced": "operate",
+  "swapped": "operate",
+}
 
 
 def play(
@@ -23,9 +30,10 @@ def play(
   mode: str,
   seed: int,
   load_media: Callable,
+  other_scene: Callable[[Task], Task] | None = None,
   **rollout,
 ) -> list[Trajectory]:
-  """One rollout per task, in task order."""
+  """One rollout per task, in task order; `other_scene` is what "swapped" needs."""
   if mode not in FORCE:
     raise ValueError(
       f"evaluation mode {mode!r} is unknown; allowed: {', '.join(FORCE)}"
@@ -38,6 +46,7 @@ def play(
     group_size=1,
     load_media=load_media,
     force=FORCE[mode],
+    swap=other_scene if mode == "swapped" else None,
     **rollout,
   )
   return [group[0].trajectory for group in groups]

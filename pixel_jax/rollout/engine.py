@@ -140,6 +140,7 @@ class Engine:
     top_k: int = 0,
     greedy: bool = False,
     force: str | None = None,
+    swap: Callable[[Task], Task] | None = None,
     progress: Callable[[int], None] | None = None,
   ) -> list[list[Finished]]:
     """Plays every task `group_size` times with one set of weights.
@@ -150,6 +151,7 @@ class Engine:
       max_new_tokens: of one turn; a turn that does not end within them stops "length".
       force: for evaluation.  "answer": no token that begins a call is ever drawn;
         "operate": the first turn begins with a call.
+      swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
       progress: called with the number of rollouts that have ended since the last call.
     """
     if force not in (None, "answer", "operate"):
@@ -178,7 +180,7 @@ class Engine:
         progress(1)
 
     with ThreadPoolExecutor(self.workers) as pool:
-      ahead = _Ahead(pool, lambda task: self._prompt(task, load_media), tasks)
+      ahead = _Ahead(pool, lambda task: self._prompt(task, load_media, swap), tasks)
       while not plan.done:
         # ---- Refill free slots; a prompt is computed once and copied ----
         begun, new = plan.refill()
@@ -220,8 +222,10 @@ class Engine:
     self.stats = self._summary(table, watch.seconds)
     return results
 
-  def _prompt(self, task: Task, load_media: Callable) -> Conversation:
+  def _prompt(self, task: Task, load_media: Callable, swap) -> Conversation:
     conversation = Conversation(self.codec, task, load_media)
+    if swap is not None:
+      conversation.swap_sources(swap(task), load_media)
     length, limit = len(conversation.trajectory.ids), self.prompt[1]
     if length > limit:
       raise ValueError(
