@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax import checkpoint, metrics, optim, parallel, start, trajectory
+from pixel_jax import answers, checkpoint, metrics, optim, parallel, start, trajectory
 from pixel_jax.chat import encode
 from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import common
@@ -138,6 +138,11 @@ def main(config, workdir):
 
   # ---- Resume ------------------------------------------------------------------------
   memory = start.call("replay", replay.Replay, **config.replay)
+  if config.replay.keep_steps:
+    raise start.ConfigError(
+      "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
+      "resumed run would differ; use 0"
+    )
   saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
   first, state, host = saver.restore(state)
   if host:
@@ -180,9 +185,11 @@ def main(config, workdir):
       if config.rl.minibatches == 1 and not replayed:
         # Rollouts without an advantage have no gradient, but they count as tokens.
         plan = [(b, count_tokens(examples)) for b, _ in plan]
+      updated = []
       for batches, tokens in plan:
         state, um = update(state, batches, tokens)
-        m |= {k: float(v) for k, v in um.items()}
+        updated.append({k: float(v) for k, v in um.items()})
+      m |= {k: float(np.mean([u[k] for u in updated])) for k in dict(*updated[:1])}
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
       with writer.timer("eval"):
@@ -226,8 +233,17 @@ def judge(groups, masked_stops, **reward):
   succeeded = grid(lambda t: t.ops_succeeded, np.int32)
   attempted = grid(lambda t: t.ops_attempted, np.int32)
   mask = grid(lambda t: t.stop not in masked_stops, bool)
-  video = np.array([g[0].trajectory.task.media[0].kind == "video" for g in groups])
-  parts = rewards.shaped(correct, succeeded, attempted, is_video=video, **reward)
+  parts = rewards.shaped(
+    correct,
+    succeeded,
+    attempted,
+    error_unrepaired=grid(
+      lambda t: bool(t.calls) and t.calls[-1].error is not None, bool
+    ),
+    is_video=grid(lambda t: any(m.kind == "video" for m in t.task.media), bool)[:, 0],
+    unparsed=grid(lambda t: not answers.extract(t.turns[-1]["text"]), bool),
+    **reward,
+  )
   parts = {k: np.asarray(v) for k, v in jax.device_get(parts).items()}
   used = succeeded > 0
   calls = [c for g in groups for x in g for c in x.trajectory.calls]
