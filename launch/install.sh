@@ -20,12 +20,17 @@ EXTRAS=${EXTRAS:-}
 python=$(find_python)
 version=$("$python" -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 stamp="$VENV/.installed-$version-$(cat pyproject.toml "constraints/$version.txt" | sha256sum | cut -c1-16)"
-if [ ! -e "$stamp$EXTRAS" ]; then
+stamp="$stamp${EXTRAS//[^a-z]/-}"
+if [ -x "$VENV/bin/python" ] && ! "$VENV/bin/python" -c "import sys; sys.exit('py%d%d' % sys.version_info[:2] != '$version')"; then
+  echo "$VENV holds another Python than $python; name another folder: VENV=.venv-$version $0" >&2
+  exit 1
+fi
+if ! compgen -G "$stamp*" >/dev/null; then
   started=$SECONDS
   echo "Installing pixel_jax$EXTRAS into $VENV (Python ${version#py}, pinned by constraints/$version.txt) ..."
   [ -x "$VENV/bin/python" ] || "$python" -m venv "$VENV"
   "$VENV/bin/pip" install --quiet --editable ".$EXTRAS" --constraint "constraints/$version.txt"
-  touch "$stamp$EXTRAS"
+  touch "$stamp"
   echo "Installed in $((SECONDS - started)) s."
 fi
 export PATH="$PWD/$VENV/bin:$PATH"

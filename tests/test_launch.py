@@ -1,0 +1,77 @@
+"""The launchers: ./launch/local.sh --fast runs every stage and leaves every output."""
+
+import json
+import os
+import pathlib
+import re
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def launch(*arguments, **kwargs):
+  return subprocess.run(
+    [str(ROOT / "launch/local.sh"), *map(str, arguments)],
+    capture_output=True, text=True, timeout=900, env=os.environ | kwargs,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_fast_run_leaves_every_output_and_is_reused(tmp_path):
+  first = launch("--fast", tmp_path)
+  assert first.returncode == 0, first.stdout + first.stderr
+  for name in ("base", "sft", "rl", "rl_alpha0"):
+    rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in rows] == [1, 2]
+    assert (tmp_path / name / "checkpoints").is_dir()
+  evaluation = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+  assert [r["name"] for r in evaluation["rows"]] == ["BASE", "SFT", "RL", "RL alpha=0"]
+  html = (tmp_path / "report.html").read_text()
+  assert "RL alpha=0" in html and not re.search(r"(src|href)=.https?://", html)
+  before = (tmp_path / "rl" / "metrics.jsonl").read_bytes()
+  again = launch("--fast", tmp_path)
+  assert again.returncode == 0, again.stdout + again.stderr
+  assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == before
+
+
+def test_an_unknown_option_is_told():
+  process = launch("--fats")
+  assert process.returncode == 2 and "--fast" in process.stderr
+
+
+def commands():
+  """Every line of the README's code blocks that starts a program."""
+  blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
+  lines = [line.split("  #")[0].strip() for b in blocks for line in b.splitlines()]
+  return [line for line in lines if line.startswith(("python ", "./"))]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_readme_names_what_exists(command):
+  words = command.split()
+  if words[0].startswith("./"):
+    program = ROOT / words[0]
+    assert program.exists() and os.access(program, os.X_OK)
+  elif words[1] == "-m":
+    assert (ROOT / (words[2].replace(".", "/") + ".py")).exists()
+    config = next(w for w in words if w.startswith("--config="))
+    path, _, arg = config.removeprefix("--config=").partition(":")
+    code = f"import runpy; runpy.run_path({path!r})['get_config']({arg!r})"
+    subprocess.run(["python", "-c", code], cwd=ROOT, check=True)
+  else:
+    shown = subprocess.run(
+      ["python", words[1], "--help"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert shown.returncode == 0, shown.stderr
+    for flag in re.findall(r"--[a-z]+", command):
+      assert flag in shown.stdout or words[1] == "tools/convert.py", flag
+
+
+def test_the_readme_names_no_file_that_is_missing():
+  for path in re.findall(
+    r"`((?:pixel_jax|tools|configs|launch|docs)/[\w/.]+)`", README
+  ):
+    assert (ROOT / path).exists(), path
