@@ -4,6 +4,9 @@ from ml_collections import ConfigDict
 
 SIZES = ("tiny", "3b", "7b", "32b", "72b")
 TOKEN = 28 * 28  # pixels of one visual token
+# Tiny runs on the full world: what 112 tokens, all a conversation may have, can show at
+# most is a clip and four of its frames, 272 patches.
+FULL_ROW = dict(tokens=256, patches=320)
 
 
 def parse_arg(arg, **options):

@@ -10,7 +10,7 @@ from configs import common
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg)
+  arg = common.parse_arg(arg, full=False)
   c = ConfigDict()
   c.seed = 1
   c.policies = (
@@ -33,4 +33,7 @@ def get_config(arg="tiny"):
       slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
     )
     c.rollout.update(max_turns=3, max_new_tokens=16)
+  if arg.size == "tiny" and arg.full:
+    c.data.update(uri="world:full_test")
+    c.rollout.update(max_turns=4)
   return c

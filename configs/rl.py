@@ -12,7 +12,7 @@ from configs import common
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg)
+  arg = common.parse_arg(arg, full=False)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0
@@ -82,4 +82,10 @@ def get_config(arg="tiny"):
     c.optim.update(
       lr=4e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
     )
+  if tiny and arg.full:  # deep clips: select, crop, answer, and room for one mistake
+    c.total_steps = 300
+    c.data.update(uri="world:full_train")
+    c.eval.update(uri="world:full_val")
+    c.rollout.update(max_turns=4)
+    c.rl.update(rows=8, **common.FULL_ROW)
   return c

@@ -6,16 +6,41 @@
 
 All but the first want --config.init=DIR.  `tiny,base` stands in for what Qwen2.5-VL
 brings along (it can point and read); `tiny` is the paper's SFT on few, imprecise
-traces, which is what sets the learning trap.
+traces, which is what sets the learning trap.  `tiny,base,full` and `tiny,full` add deep
+clips, zooms in two steps and self-correction (launch/local.sh --full).
 """
 
 from ml_collections import ConfigDict
 
 from configs import common
 
+# Half of the clips are deep: these become video/zoom or video/direct only.
+FULL_BASE = {
+  "image/single": 0.20,
+  "image/direct": 0.17,
+  "image/crop": 0.08,
+  "image/recrop1": 0.04,
+  "image/recrop2": 0.02,
+  "image/zoom": 0.07,
+  "video/single": 0.10,
+  "video/direct": 0.08,
+  "video/frame": 0.04,
+  "video/reselect": 0.05,
+  "video/zoom": 0.15,
+}
+FULL_SFT = {
+  "image/single": 0.30,
+  "image/recrop1": 0.10,
+  "image/recrop2": 0.05,
+  "image/zoom": 0.10,
+  "video/single": 0.15,
+  "video/reselect": 0.05,
+  "video/zoom": 0.25,
+}
+
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, base=False)
+  arg = common.parse_arg(arg, base=False, full=False)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0
@@ -82,4 +107,14 @@ def get_config(arg="tiny"):
       jitter=0.5,
       edge_jitter=0.3,
     )
+  if tiny and arg.full:
+    c.data.update(
+      uri="world:full_train",
+      rows=12 if arg.base else 8,  # as many tokens as above, in rows that hold every
+      **common.FULL_ROW,  # trace: 77 tokens (recrop2), 144 patches (reselect)
+      pack_window=64,
+    )
+    c.eval.update(uri="world:full_val")
+    c.total_steps = 900 if arg.base else 120
+    c.synthesis.kinds = FULL_BASE if arg.base else FULL_SFT
   return c

@@ -4,21 +4,26 @@
 #
 #   ./launch/local.sh [WORKDIR]           the whole path, at most ten minutes on two cores
 #   ./launch/local.sh --trap [WORKDIR]    the RL run with alpha = 0 as long as the other
+#   ./launch/local.sh --full [WORKDIR]    with zooms into selected frames and traces that
+#                                         correct themselves; at most 25 minutes
 #   ./launch/local.sh --fast [WORKDIR]    a few steps of every stage: does it all run?
 set -euo pipefail
 
-fast= trap= workdir=
+fast= full= trap= workdir=
 for argument in "$@"; do
   case "$argument" in
     --fast) fast=1 ;;
+    --full) full=1 ;;
     --trap) trap=1 ;;
-    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "$0"; exit 0 ;;
-    -*) echo "unknown option $argument; known: --fast --trap" >&2; exit 2 ;;
+    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -*) echo "unknown option $argument; known: --fast --full --trap" >&2; exit 2 ;;
     *) workdir=$argument ;;
   esac
 done
 here=$(cd "$(dirname "$0")/.." && pwd)
-workdir=$(realpath -m "${workdir:-$here/runs/tiny${fast:+-fast}}")
+default=$here/runs/$([ -n "$full" ] && echo full || echo tiny)${fast:+-fast}
+workdir=$(realpath -m "${workdir:-$default}")
+of=tiny${full:+,full}  # what the configs are asked for
 
 source "$here/launch/install.sh"
 export JAX_PLATFORMS=cpu
@@ -40,16 +45,16 @@ fi
 rl_few=("${few[@]}")
 [ -z "$fast" ] || rl_few+=(--config.rl.prompts_per_step=4 --config.eval.tasks=8)
 
-stage "base skills" python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base \
+stage "base skills" python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base${full:+,full} \
   --workdir="$workdir/base" "${few[@]}"
-stage "SFT" python -m pixel_jax.train_sft --config=configs/sft.py:tiny \
+stage "SFT" python -m pixel_jax.train_sft --config=configs/sft.py:$of \
   --workdir="$workdir/sft" --config.init="$workdir/base" "${few[@]}"
-stage "RL with curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:tiny \
+stage "RL with curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:$of \
   --workdir="$workdir/rl" --config.init="$workdir/sft" "${rl_few[@]}"
-stage "RL without curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:tiny \
+stage "RL without curiosity" python -m pixel_jax.train_rl --config=configs/rl.py:$of \
   --workdir="$workdir/rl_alpha0" --config.init="$workdir/sft" --config.reward.alpha=0.0 \
   "${rl_few[@]}"
-stage "evaluation" python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny \
+stage "evaluation" python -m pixel_jax.evaluate --config=configs/evaluate.py:$of \
   --workdir="$workdir/eval" "${test_few[@]}" \
   --config.policies="BASE=$workdir/base,SFT=$workdir/sft,RL=$workdir/rl,RL alpha=0=$workdir/rl_alpha0"
 stage "report" python tools/view.py "$workdir" --out="$workdir/report.html"

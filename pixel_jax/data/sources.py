@@ -6,6 +6,7 @@ becomes a trace (keyword arguments of `synthesize.trajectory`).
 
   world:train          the tiny world: a quarter of the scenes are videos
   world:val/image      only the images;  world:7/train is another world, of seed 7
+  world:full_train     half of the scenes are videos, half of these deep clips
   jsonl:data/x.jsonl   a Trajectory or a Task a line, paths relative to the root
 
 Media paths never leave the root: data files come from elsewhere.
@@ -102,7 +103,7 @@ class World:
     elif synthesis:
       self.share = synthesize.video_share(synthesis["kinds"])
     else:
-      self.share = 1 / world.VIDEO_EVERY
+      self.share = world.video_share(self.split)
     videos = world.SPLITS[self.split] // world.VIDEO_EVERY
     images = world.SPLITS[self.split] - videos
     lengths = [images / (1 - self.share)] if self.share < 1 else []

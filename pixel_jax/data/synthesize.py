@@ -9,7 +9,8 @@ the same as in a rollout.  Not here: pictures, and which question comes when.
   image/single    crop, answer                   video/single    frames, answer
   image/recrop1   wrong, crop, answer            video/reselect  wrong, frames, answer
   image/recrop2   wrong, wrong, crop, answer     image/direct, video/direct    answer
-  image/zoom      large, crop of it, answer      text/compare    answer, no pictures
+  image/zoom      large, crop of it, answer      video/zoom      frame, crop of it, answer
+                                                 text/compare    answer, no pictures
 
 Base skills, which stand in for what Qwen2.5-VL brings along (no calls):
   image/box       the box of the cue as the answer: [0.12, 0.40, 0.28, 0.52]
@@ -22,6 +23,7 @@ Numbers stand on the grid of .02, two decimals, so that they are single tokens.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -42,10 +44,12 @@ PAPER = {
   "video/single": 0.25 * 0.90,
   "video/reselect": 0.25 * 0.10,
 }
-OPERATING = frozenset(PAPER)
+OPERATING = frozenset(PAPER) | {"video/zoom"}
 BASE = frozenset(("image/box", "image/crop", "video/number", "video/frame"))
 DIRECT = frozenset(("image/direct", "video/direct"))
 KINDS = OPERATING | BASE | DIRECT | {"text/compare"}
+# Whole frames, which do not show what a deep clip is asked about.
+WHOLE = frozenset(("video/single", "video/reselect", "video/frame"))
 
 BINS = round(1 / world.GRID)
 MIN_BINS = 3  # a side of .06: 15 pixels of the canvas, one patch
@@ -94,8 +98,8 @@ def trajectory(
 
   Args:
     task: `reference` must hold bbox_2d (images) or target_frames (videos).
-    kinds: shares; of those of the task's modality one is drawn.  text/compare takes its
-      share of every modality and makes a question of its own.
+    kinds: shares; of those that the task can be made into one is drawn.  text/compare
+      takes its share of every modality and makes a question of its own.
     operation_share: of the traces of an operating kind; the others answer directly.
     jitter: sd of the shift of a box in steps of the grid; two steps count as one frame.
     edge_jitter: sd of each edge, in steps, on top.
@@ -125,13 +129,14 @@ def choose(kinds: dict[str, float], task: Task, rng: np.random.Generator) -> str
   """A kind that `task` can be made into, by share."""
   mine = modality(task) + "/"
   text = kinds.get("text/compare", 0.0)
-  fitting = {k: v for k, v in kinds.items() if k.startswith(mine) and v > 0}
+  fitting = {k: v for k, v in kinds.items() if fits(k, task) and v > 0}
   if rng.random() < text or (mine == "text/" and text):
     return "text/compare"
   if not fitting:
     raise SynthesisError(
       f"task {task.id} is of modality {mine[:-1]!r}, the kinds are {sorted(kinds)}; "
-      f"add a kind {mine}..., or leave such tasks out of the source"
+      f"add a kind {mine}... that fits its reference {sorted(task.reference)}, or "
+      "leave such tasks out of the source"
     )
   point, upto = rng.random() * sum(fitting.values()), 0.0
   for kind, share in fitting.items():
@@ -139,6 +144,14 @@ def choose(kinds: dict[str, float], task: Task, rng: np.random.Generator) -> str
     if point < upto:
       return kind
   return kind  # the shares add up to a little less
+
+
+def fits(kind: str, task: Task) -> bool:
+  """Whether `task` can become a trace of `kind`, and the trace show the answer."""
+  if kind == "video/zoom" and "bbox_2d" not in task.reference:
+    return False
+  is_deep = task.reference.get("difficulty") == "deep"
+  return kind.startswith(modality(task) + "/") and not (is_deep and kind in WHOLE)
 
 
 # ---- Turns ---------------------------------------------------------------------------
@@ -158,7 +171,14 @@ def operate(trace: Conversation, kind: str, rng: np.random.Generator, noise) -> 
     count = len(trace.seen.pictures[0].source)
     if kind == "video/reselect":
       select(trace, wrong_frames(cue, count, rng), planted=True)
-    select(trace, noisy_frames(cue, count, rng, noise[0]))
+    frames = noisy_frames(cue, count, rng, noise[0])
+    select(trace, frames)
+    # In a frame that is not the cue's there is nothing to zoom into.
+    if kind == "video/zoom" and frames == list(cue)[:8]:
+      box = noisy(tuple(reference["bbox_2d"]), rng, noise)
+      # Released prompts count a clip as one picture.
+      first = 1 + (count if trace.codec.profile == "clean" else 1)
+      crop(trace, box, first)
     return
   cue, target = tuple(reference["bbox_2d"]), 1
   box = noisy(cue, rng, noise)
@@ -237,13 +257,13 @@ def numbers(box: Sequence[float]) -> str:
   return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
 
 
-def on_grid(bins: Sequence[float]) -> Box:
-  """Edges in steps of the grid -> a box within the picture, no side under MIN_BINS."""
+def on_grid(bins: Sequence[float], least: Sequence[int] = (MIN_BINS,) * 2) -> Box:
+  """Edges in steps of the grid -> a box within the picture, no side under `least`."""
   edges = [round(float(v)) for v in bins]
   box = [0.0] * 4
   for i in (0, 1):
-    low = min(max(edges[i], 0), BINS - MIN_BINS)
-    high = min(max(edges[i + 2], low + MIN_BINS), BINS)
+    low = min(max(edges[i], 0), BINS - least[i])
+    high = min(max(edges[i + 2], low + least[i]), BINS)
     box[i], box[i + 2] = round(low * world.GRID, 2), round(high * world.GRID, 2)
   return tuple(box)
 
@@ -294,10 +314,10 @@ def larger_box(cue: Box, rng: np.random.Generator) -> Box:
 
 def inside(box: Box, large: Box) -> Box:
   """A box of the whole picture in coordinates of the crop `large`."""
-  bins = [
-    (box[i] - large[i % 2]) / (large[i % 2 + 2] - large[i % 2]) * BINS for i in range(4)
-  ]
-  return on_grid(bins)
+  sides = [large[i + 2] - large[i] for i in (0, 1)]
+  bins = [(box[i] - large[i % 2]) / sides[i % 2] * BINS for i in range(4)]
+  # A box that sticks out is cut, but keeps as many pixels as one of the picture has.
+  return on_grid(bins, [min(math.ceil(MIN_BINS / side), BINS) for side in sides])
 
 
 def noisy_frames(cue, count: int, rng: np.random.Generator, jitter: float) -> list[int]:

@@ -4,6 +4,8 @@ An image (252x252) has three coloured panels, each with a black letter; the ques
 which letter is on the red one.  Easy letters can be read in the 84x84 view, hard ones
 are 3 pixels there: the policy has to zoom in.  A clip has eight frames (112x112) with a
 panel each, one of them red; the view is 28x28 a frame, and one frame can be selected.
+The splits full_train, full_val and full_test are other scenes that hold deep clips, too:
+their frames (252x252) show the letter only to who selects one and then crops it.
 Sizes and shares: shared/reference/tiny_world.md, part 1.  Not here: traces
 (`synthesize.py`) and the order of examples (`pipeline.py`).
 
@@ -27,8 +29,10 @@ from pixel_jax.chat import template, tools
 from pixel_jax.pixels import ops, video
 from pixel_jax.trajectory import Media, OpCall, Task
 
+FULL = "full_"  # how the name of a split with deep clips begins
 # Scenes of a split; never the same ones, since the split is part of the seed.
 SPLITS = {"train": 1 << 18, "val": 1 << 12, "test": 1 << 13}
+SPLITS |= {FULL + split: size for split, size in SPLITS.items()}
 KINDS = ("image", "video")
 VIDEO_EVERY = 4  # every 4th scene is a clip
 
@@ -58,11 +62,15 @@ GLYPH = {"easy": 40, "hard": 10}  # 13 and 3 pixels in the view
 OFFSET = {"easy": 3, "hard": 5}  # of the glyph from the centre of its panel, at most
 # Side of the reference box, the glyph in its middle, in steps of GRID: 50 and 30 px.
 # Whole steps, since a box that is not square changes its shape when it is resized.
-BOX = {"easy": 10, "hard": 6}
+BOX = {"easy": 10, "hard": 6, "deep": 6}
 FRAMES, FRAME = 8, 112
 FRAME_PANEL = (92, 104)
-FRAME_GLYPH = {"easy": 60, "hard": 15}  # 15 and 4 pixels in the view
+FRAME_GLYPH = {"easy": 60, "hard": 15, "deep": 10}  # 15, 4 and 1 pixels in the view
 FRAME_OFFSET = 3
+# Frames of deep clips have the size of an image: the letter is 4 pixels in the 112x112
+# view of a selected frame, and a crop of it has one of the sizes that are single tokens.
+DEEP = 0.5  # share of the clips of a full split
+DEEP_PANEL = (110, 150)
 SECONDS_PER_FRAME = 0.25  # temporal ids of the pairs of frames become 0, 1, 2, 3
 GRID = 0.02  # of all coordinates: 50 steps over a side
 WIDEST = 90  # pixels of a box that still counts as looking closer
@@ -101,6 +109,10 @@ class Scene:
     return (GLYPH if self.kind == "image" else FRAME_GLYPH)[self.difficulty]
 
   @property
+  def canvas(self) -> int:
+    return CANVAS if self.kind == "image" or self.difficulty == "deep" else FRAME
+
+  @property
   def answer(self) -> str:
     return self.panels[self.target].letter
 
@@ -119,6 +131,11 @@ def nth(kind: str, n: int) -> int:
   return n // (VIDEO_EVERY - 1) * VIDEO_EVERY + n % (VIDEO_EVERY - 1)
 
 
+def video_share(split: str) -> float:
+  """Of the questions of a split."""
+  return 0.5 if split.startswith(FULL) else 1 / VIDEO_EVERY
+
+
 @functools.lru_cache(maxsize=4096)
 def scene(seed: int, split: str, index: int) -> Scene:
   """The scene `index` of a split; a pure function of its arguments."""
@@ -129,7 +146,11 @@ def scene(seed: int, split: str, index: int) -> Scene:
   # A string seed goes through SHA-512: neighbours and splits have nothing in common.
   rng = random.Random(f"pixel_jax world {seed}/{split}/{index}")
   difficulty = "easy" if rng.random() < EASY else "hard"
-  return (_image if kind_of(index) == "image" else _video)(rng, difficulty)
+  if kind_of(index) == "image":
+    return _image(rng, difficulty)
+  if split.startswith(FULL) and rng.random() < DEEP:
+    difficulty = "deep"
+  return _video(rng, difficulty)
 
 
 def _image(rng: random.Random, difficulty: str) -> Scene:
@@ -148,15 +169,16 @@ def _image(rng: random.Random, difficulty: str) -> Scene:
 
 
 def _video(rng: random.Random, difficulty: str) -> Scene:
+  canvas, sides, offset = FRAME, FRAME_PANEL, FRAME_OFFSET
+  if difficulty == "deep":
+    canvas, sides, offset = CANVAS, DEEP_PANEL, OFFSET["hard"]
   target = _int(rng, 0, FRAMES - 1)
   panels = []
   for i in range(FRAMES):
-    side = _int(rng, *FRAME_PANEL)
-    x, y = _int(rng, 0, FRAME - side), _int(rng, 0, FRAME - side)
+    side = _int(rng, *sides)
+    x, y = _int(rng, 0, canvas - side), _int(rng, 0, canvas - side)
     colour = "red" if i == target else OTHERS[_int(rng, 0, 2)]
-    panels.append(
-      _panel(rng, colour, x, y, side, FRAME_GLYPH[difficulty], FRAME_OFFSET)
-    )
+    panels.append(_panel(rng, colour, x, y, side, FRAME_GLYPH[difficulty], offset))
   return Scene("video", difficulty, tuple(panels), target, _place(rng))
 
 
@@ -202,7 +224,7 @@ def draw(scene: Scene) -> Image.Image | video.Video:
 
 def draw_frame(scene: Scene, index: int) -> Image.Image:
   x, y = scene.noise
-  canvas = _background(((x + 31 * index) % 256, y), FRAME)
+  canvas = _background(((x + 31 * index) % 256, y), scene.canvas)
   _blit(canvas, scene.panels[index], scene.glyph)
   return Image.fromarray(canvas)
 
@@ -246,17 +268,19 @@ def task(seed: int, split: str, index: int) -> Task:
   """The question of a scene, with its cue as the reference."""
   s = scene(seed, split, index)
   path = f"world:{seed}/{split}/{index}"
-  panel, canvas = s.panels[s.target], CANVAS if s.kind == "image" else FRAME
+  panel = s.panels[s.target]
   x, y = panel.glyph_x, panel.glyph_y
   reference = {
     "kind": s.kind,
     "difficulty": s.difficulty,
-    "glyph_2d": [v / canvas for v in (x, y, x + s.glyph, y + s.glyph)],
+    "glyph_2d": [v / s.canvas for v in (x, y, x + s.glyph, y + s.glyph)],
   }
-  if s.kind == "image":
+  if s.canvas == CANVAS:
     reference["bbox_2d"] = _box(x + s.glyph / 2, y + s.glyph / 2, BOX[s.difficulty])
-  else:
+  if s.kind == "video":
     reference["target_frames"] = [s.target + 1]
+  if s.difficulty == "deep":
+    reference["target_image"] = s.target + 1  # that the box lies in
   return Task(
     path, QUESTIONS[s.kind], s.answer, [Media(s.kind, path)], reference=reference
   )
@@ -331,7 +355,7 @@ def covers(task: Task, call: OpCall, earlier: list[OpCall] = ()) -> bool:
   """Whether a call shows the detail, enlarged.
 
   The glyph must lie wholly in a box of at most 90 px, or the red frame be among the
-  selected ones.
+  selected ones, which does not show that of a deep clip.
 
   Args:
     earlier: the calls before it, needed where it looks at a picture they returned.
@@ -339,14 +363,16 @@ def covers(task: Task, call: OpCall, earlier: list[OpCall] = ()) -> bool:
   pictures = _pictures(task, earlier)
   new = _shown(pictures, call)
   glyph, red = task.reference["glyph_2d"], task.reference.get("target_frames")
-  side = FRAME if red else CANVAS
+  is_deep = task.reference.get("difficulty") == "deep"
+  side = FRAME if red and not is_deep else CANVAS
   for frame, box in new:
     x1, y1, x2, y2 = box
     # Boxes are cut at whole pixels, so half a pixel is given.
     e = 0.5 / side
     inside = x1 - e <= glyph[0] and y1 - e <= glyph[1]
     inside = inside and x2 + e >= glyph[2] and y2 + e >= glyph[3]
-    is_small = (x2 - x1) * side <= WIDEST or call.name == "select_frames"
+    is_small = (x2 - x1) * side <= WIDEST
+    is_small |= call.name == "select_frames" and not is_deep
     if inside and is_small and (not red or frame in red):
       return True
   return False

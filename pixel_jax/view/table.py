@@ -62,12 +62,12 @@ def _number(x) -> float | None:
 
 
 def modes_of(row: dict) -> dict[str, dict]:
-  """The row's modes that are objects; the three names always answer."""
+  """The row's modes that are objects; the four names always answer."""
   modes = row.get("modes")
   modes = modes if isinstance(modes, dict) else {}
   return {
     m: modes[m] if isinstance(modes.get(m), dict) else {}
-    for m in ("free", "forbidden", "forced")
+    for m in ("free", "forbidden", "forced", "swapped")
   }
 
 
@@ -113,8 +113,8 @@ def render(evaluation: dict | None) -> str:
     ("pay-off", "free − forbidden"),
     ("forced", "accuracy, must operate"),
     ("RaPR", "rollouts that operate, free"),
-    ("covers", "operations on the target, free"),
-    ("covers, forced", "operations on the target"),
+    ("swapped", "forced, shown another scene"),
+    ("covers", "operations on the target, forced"),
   )
   found = [accuracy(r, "free") for r in rows]
   best = max((r.value for r in found if r), default=None)
@@ -130,7 +130,7 @@ def render(evaluation: dict | None) -> str:
       + cell(difference(free, forbidden), signed=True)
       + cell(accuracy(row, "forced"))
       + cell(rate(modes["free"], "rapr", "rapr_ci", "n"))
-      + cell(rate(modes["free"], "covered", "covered_ci", "covered_n"))
+      + cell(accuracy(row, "swapped"))
       + cell(rate(modes["forced"], "covered", "covered_ci", "covered_n"))
       + "</tr>"
     )
@@ -148,7 +148,8 @@ def render(evaluation: dict | None) -> str:
 <tbody>{"".join(body)}</tbody></table></div>
 <p class="note">{note}Per cent, with 95 % intervals. RaPR: the share of rollouts with at
 least one successful operation. Covers: of the rollouts that operated, the share whose
-box or frames show what the question asks for. The pay-off's interval treats the two
+box or frames show what the question asks for. Swapped: operations return the pictures
+of another scene; a policy that really looks falls to guessing. The pay-off's interval treats the two
 samples as independent.</p>{breakdown(rows)}"""
 
 
