@@ -4,8 +4,8 @@ from ml_collections import ConfigDict
 
 SIZES = ("tiny", "3b", "7b", "32b", "72b")
 TOKEN = 28 * 28  # pixels of one visual token
-# Tiny runs on the full world: what 112 tokens, all a conversation may have, can show at
-# most is a clip and four of its frames, 272 patches.
+# Tiny runs on the full world.  The 112 tokens that a conversation may have can show a
+# clip and four of its frames at most, 272 patches; every row must hold such a one.
 FULL_ROW = dict(tokens=256, patches=320)
 
 

@@ -76,7 +76,7 @@ def get_config(arg="tiny"):
       masked_stops=("turns",),
       rows=16,
       tokens=128,
-      patches=128,
+      patches=192,
     )
     c.replay.update(refill=False)  # uniform groups are dropped, nothing is drawn twice
     c.optim.update(

@@ -108,11 +108,11 @@ def get_config(arg="tiny"):
       edge_jitter=0.3,
     )
   if tiny and arg.full:
-    c.data.update(
+    c.data.update(  # as many tokens as above, in fewer and longer rows
       uri="world:full_train",
-      rows=12 if arg.base else 8,  # as many tokens as above, in rows that hold every
-      **common.FULL_ROW,  # trace: 77 tokens (recrop2), 144 patches (reselect)
+      rows=12 if arg.base else 8,
       pack_window=64,
+      **common.FULL_ROW,
     )
     c.eval.update(uri="world:full_val")
     c.total_steps = 900 if arg.base else 120

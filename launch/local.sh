@@ -45,7 +45,7 @@ fi
 rl_few=("${few[@]}")
 [ -z "$fast" ] || rl_few+=(--config.rl.prompts_per_step=4 --config.eval.tasks=8)
 
-stage "base skills" python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base${full:+,full} \
+stage "base skills" python -m pixel_jax.train_sft --config=configs/sft.py:$of,base \
   --workdir="$workdir/base" "${few[@]}"
 stage "SFT" python -m pixel_jax.train_sft --config=configs/sft.py:$of \
   --workdir="$workdir/sft" --config.init="$workdir/base" "${few[@]}"

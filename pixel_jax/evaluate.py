@@ -8,7 +8,7 @@ import json
 
 from tqdm import tqdm
 
-from pixel_jax import parallel, start, trajectory
+from pixel_jax import metrics, parallel, start, trajectory
 from pixel_jax.data import sources, world
 from pixel_jax.evals import common
 from pixel_jax.rollout import engine
@@ -58,7 +58,8 @@ def main(config, workdir):
   (workdir / "evaluation.json").write_text(
     json.dumps(result | {"rows": rows}, indent=1)
   )
-  print(f"done: {workdir}/evaluation.json, trajectories/")
+  print(f"done: {metrics.compiled()}")
+  print(f"in {workdir}: evaluation.json, trajectories/")
 
 
 def table(rows: list[dict]) -> str:

@@ -105,6 +105,7 @@ class Writer:
     spent, self._since = now - self._since, now
     perf = {f"perf/{k}_s": v for k, v in self._seconds.items()}
     perf |= {"perf/step_s": spent, "perf/compiles": count_compiles()}
+    perf["perf/compile_s"] = _compile_seconds
     self._seconds = {}
     if tokens is not None:
       perf["perf/tokens_per_s"] = tokens / spent
@@ -232,7 +233,7 @@ def _read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
 
 # ---- Performance ---------------------------------------------------------------------
 
-_compiles = 0
+_compiles, _compile_seconds = 0, 0.0
 _is_listening = False
 
 
@@ -245,10 +246,16 @@ def count_compiles() -> int:
   return _compiles
 
 
+def compiled() -> str:
+  """What compiling cost so far, for the last line of a run."""
+  return f"{count_compiles()} programs compiled in {_compile_seconds:.0f} s"
+
+
 def _on_duration(event: str, duration: float, **_: Any) -> None:
-  global _compiles
+  global _compiles, _compile_seconds
   if event == "/jax/core/compile/backend_compile_duration":
     _compiles += 1
+    _compile_seconds += duration
 
 
 def peak_flops() -> float | None:

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pixel_jax import checkpoint, parallel
+from pixel_jax import checkpoint, metrics, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
 from pixel_jax.model import config as model_config
@@ -34,14 +34,14 @@ def run(main) -> None:
 
   def parse(argv):
     try:
-      argv = app.parse_flags_with_usage(argv)
+      argv = flags.FLAGS(argv)
       if not WORKDIR.value or CONFIG.value is None:
         raise ConfigError(
           "both are needed: --config=configs/NAME.py:SIZE --workdir=DIR"
         )
       return argv
-    except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-      stop(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+      stop(e)
 
   def start(argv):
     if len(argv) > 1:
@@ -82,6 +82,7 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   parallel.initialize()
+  metrics.count_compiles()  # from here on
 
 
 @dataclasses.dataclass(frozen=True)

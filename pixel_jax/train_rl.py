@@ -106,9 +106,10 @@ def main(config, workdir):
       policy.config, params, batch, config.rollout.temperature
     )[0]
 
+  limits = dict(T=config.rl.tokens, P=config.rl.patches)
+
   def to_batches(examples):
     """The micro-batches that `examples` fill; as many on every host."""
-    limits = dict(T=config.rl.tokens, P=config.rl.patches)
     bins = [[examples[i] for i in b] for b in pack.first_fit(examples, **limits)]
     count = parallel.agree(-(-len(bins) // config.rl.rows), "max")
     rows = config.rl.rows
@@ -169,7 +170,9 @@ def main(config, workdir):
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
       m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
       kept = np.asarray(grpo.kept(mask))
-      examples = score(groups, parts, np.asarray(advantage), kept, step)
+      scored = score(groups, parts, np.asarray(advantage), kept, step)
+      examples = [e for e in scored if pack.fits(e, **limits)]
+      m["rollout/too_long"] = float(len(scored) - len(examples))
       chosen, replayed = memory.select(
         examples, np.random.default_rng((config.seed, step))
       )
@@ -217,7 +220,8 @@ def main(config, workdir):
       )
   saver.close()
   writer.close()
-  print(f"done: {config.total_steps} steps; {workdir}: metrics.jsonl, trajectories/")
+  print(f"done: {config.total_steps} steps, {metrics.compiled()}")
+  print(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
 
 
 def judge(groups, masked_stops, **reward):

@@ -107,9 +107,8 @@ def main(config, workdir):
       saver.save(done, state, {"data": train.get_state()})
   saver.close()
   writer.close()
-  print(
-    f"done: {config.total_steps} steps; {workdir}/metrics.jsonl, checkpoints/, tokenizer/"
-  )
+  print(f"done: {config.total_steps} steps, {metrics.compiled()}")
+  print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
 if __name__ == "__main__":

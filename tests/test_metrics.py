@@ -50,6 +50,7 @@ def test_a_step_is_one_object_and_the_clock_is_under_perf(tmp_path):
       "perf/step_s",
       "perf/tokens_per_s",
       "perf/compiles",
+      "perf/compile_s",
     } <= set(row)
     assert "perf/mfu" not in row  # a CPU has no known peak
   assert (2, "loss", 1.0) in tensorboard(tmp_path)

@@ -26,7 +26,12 @@ def record(**fields):
 
 @pytest.mark.parametrize(
   ("uri", "share"),
-  [("world:train", 0.25), ("world:test/image", 0), ("world:5/val/video", 1)],
+  [
+    ("world:train", 0.25),
+    ("world:test/image", 0),
+    ("world:5/val/video", 1),
+    ("world:full_val", 0.5),
+  ],
 )
 def test_the_world_as_a_source(uri, share):
   source = sources.open_source(uri)

@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import hashlib
+import itertools
 import json
 
 import numpy as np
@@ -26,7 +28,16 @@ def codec(tmp_path_factory):
   return encode.Codec(tokenizer=words, budgets=BUDGETS, video_frames=8)
 
 
+def deep(n=0):
+  """The n-th deep clip."""
+  clips = (world.task(0, "full_train", world.nth("video", i)) for i in range(1000))
+  found = (t for t in clips if t.reference["difficulty"] == "deep")
+  return next(itertools.islice(found, n, None))
+
+
 def task_for(kind, n=0):
+  if kind == "video/zoom":
+    return deep(n)
   modality = "video" if kind.startswith("video") else "image"
   return world.task(0, "train", world.nth(modality, n))
 
@@ -59,7 +70,8 @@ def test_every_trace_says_what_its_kind_promises(codec, kind):
     turns = policy_turns(t)
     calls = len(turns) - 1
     wrong = planted.get(kind, 0)
-    assert calls == (wrong + 1 if kind in synthesize.OPERATING else 0)
+    right = 1 + (kind == "video/zoom") if kind in synthesize.OPERATING else 0
+    assert calls == wrong + right
     assert [c.planted for c in t.calls] == [i < wrong for i in range(calls)]
     assert all(c.error is None for c in t.calls)
     for (ids, weight), call in zip(turns, t.calls):
@@ -107,10 +119,59 @@ def test_wrong_operations_do_not_show_the_cue(codec):
         assert t.calls[-1].arguments["target_image"] == 2
 
 
+def test_deep_clips_are_zoomed_into(codec):
+  for n in range(30):
+    t, _ = make(codec, "video/zoom", n)
+    select, crop = t.calls
+    assert select.arguments["target_frames"] == t.task.reference["target_frames"]
+    assert crop.arguments["target_image"] == world.FRAMES + 1
+    assert not world.covers(t.task, select)
+    assert world.covers(t.task, crop, [select])
+    assert [s.role for s in t.slots] == ["video", "frame", "crop"]
+    # Imprecise ones, too: in the wrong frame there is nothing to zoom into.
+    t, _ = make(codec, "video/zoom", n, jitter=2.5, edge_jitter=1.0)
+    hit = t.calls[0].arguments["target_frames"] == t.task.reference["target_frames"]
+    assert len(t.calls) == 1 + hit
+    if not world.covers(t.task, t.calls[-1], t.calls[:-1]):
+      assert set(policy_turns(t)[-1][1]) == {0.0}
+
+
+def test_kinds_go_to_the_clips_they_fit(codec):
+  both = {"video/zoom": 1.0, "video/single": 1.0}
+  for task, calls in ((deep(), 2), (task_for("video"), 1)):
+    for seed in range(8):
+      rng = np.random.default_rng(seed)
+      t, _ = synthesize.trajectory(codec, task, rng, kinds=both)
+      assert len(t.calls) == calls
+  with pytest.raises(synthesize.SynthesisError, match="fits its reference"):
+    rng = np.random.default_rng(0)
+    synthesize.trajectory(codec, deep(), rng, kinds={"video/single": 1.0})
+
+
+@pytest.mark.parametrize("kind", sorted(synthesize.OPERATING))
+def test_imprecise_calls_run(codec, kind):
+  for n in range(60):
+    t, _ = make(codec, kind, n, jitter=2.5, edge_jitter=1.0)
+    assert all(c.error is None for c in t.calls)
+
+
+def test_traces_of_the_default_world_have_not_changed(codec):
+  new = {"text/compare", "image/zoom", "video/zoom"}
+  kinds = dict.fromkeys(sorted(synthesize.KINDS - new), 1.0)
+  settings = dict(kinds=kinds, jitter=2.5, edge_jitter=1.0, operation_share=0.8)
+  digest = hashlib.blake2b(digest_size=8)
+  for n in range(80):
+    rng, task = np.random.default_rng(n), world.task(0, "train", n)
+    t, _ = synthesize.trajectory(codec, task, rng, **settings)
+    digest.update(json.dumps([t.ids, t.weight]).encode())
+  assert digest.hexdigest() == "4f95a8c72b7cd056"
+
+
 def test_token_counts(codec):
   """The costs of tiny_world.md, part 1, or less."""
   longest = {"image/direct": 18, "image/single": 40, "video/single": 43}
-  longest |= {"video/direct": 13, "image/box": 21}
+  longest |= {"video/direct": 13, "image/box": 21, "video/zoom": 62}
+  longest |= {"image/recrop2": 77, "video/reselect": 73}
   for kind, most in longest.items():
     assert len(make(codec, kind)[0].ids) <= most
   t, _ = make(codec, "image/single")

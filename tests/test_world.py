@@ -1,6 +1,9 @@
 """The tiny world: what is drawn, what its references say, which calls show the cue."""
 
 import collections
+import dataclasses
+import hashlib
+import json
 
 import numpy as np
 import pytest
@@ -27,6 +30,19 @@ def first(kind, difficulty, split="train"):
   )
 
 
+def test_the_default_world_has_not_changed():
+  """What the measured runs were drawn from, byte for byte."""
+  digest = hashlib.blake2b(digest_size=8)
+  for split in ("train", "val", "test"):
+    for i in range(40):
+      task = world.task(0, split, i)
+      digest.update(json.dumps(dataclasses.asdict(task), sort_keys=True).encode())
+      drawn = world.load_media(task.media[0])
+      for picture in [drawn] if task.media[0].kind == "image" else drawn.frames:
+        digest.update(np.asarray(picture).tobytes())
+  assert digest.hexdigest() == "2fc9da077eba41c6"
+
+
 def test_kinds_and_their_numbering():
   kinds = [world.kind_of(i) for i in range(16)]
   for kind in world.KINDS:
@@ -34,10 +50,11 @@ def test_kinds_and_their_numbering():
     assert where == [world.nth(kind, n) for n in range(len(where))]
 
 
+@pytest.mark.parametrize("split", ["train", "full_train"])
 @pytest.mark.parametrize("kind", world.KINDS)
-def test_the_answer_is_drawn_where_the_reference_says(kind):
+def test_the_answer_is_drawn_where_the_reference_says(kind, split):
   for n in range(60):
-    task = world.task(0, "train", world.nth(kind, n))
+    task = world.task(0, split, world.nth(kind, n))
     picture = world.load_media(task.media[0])
     if kind == "video":
       assert len(picture.frames) == world.FRAMES
@@ -138,10 +155,30 @@ def test_covers_videos():
   assert world.covers(task, crop(middle, target=world.FRAMES + 1), [frames(red)])
 
 
+def test_deep_clips():
+  clips = [world.scene(0, "full_val", world.nth("video", n)) for n in range(1000)]
+  share = sum(s.difficulty == "deep" for s in clips) / len(clips)
+  assert abs(share - world.DEEP) < 0.05
+  assert {s.difficulty for s in clips} == {"easy", "hard", "deep"}
+  task = first("video", "deep", "full_val")
+  frame = world.load_media(task.media[0]).frames[0]
+  assert frame.size == (world.CANVAS, world.CANVAS)
+  # Which letter it is: only a crop of the red frame shows it.
+  (red,) = task.reference["target_frames"]
+  other, box = red % world.FRAMES + 1, task.reference["bbox_2d"]
+  selected, number = [frames(other, red)], world.FRAMES + 2
+  assert not world.covers(task, frames(red))
+  assert not world.covers(task, crop((0.0, 0.0, 1.0, 1.0), number), selected)
+  assert world.covers(task, crop(box, number), selected)
+  assert not world.covers(task, crop(box, number - 1), selected)
+  assert world.covers(task, crop(box, task.reference["target_image"]))
+
+
+@pytest.mark.parametrize("split", ["test", "full_test"])
 @pytest.mark.parametrize("kind", world.KINDS)
-def test_the_other_scene_has_another_answer(kind):
+def test_the_other_scene_has_another_answer(kind, split):
   for n in range(20):
-    task = world.task(0, "test", world.nth(kind, n))
+    task = world.task(0, split, world.nth(kind, n))
     other = world.other_scene(task)
     assert other.answer != task.answer
     assert other.question == task.question

@@ -29,10 +29,15 @@ def distinct(example: Any) -> dict[str, int]:
   return {pixels.key: pixels.num_patches for _, pixels in example.vision}
 
 
+def fits(example: Any, T: int, P: int) -> bool:
+  """Whether a row can hold `example`."""
+  return len(example.tokens) <= T and sum(distinct(example).values()) <= P
+
+
 def check_fits(example: Any, T: int, P: int, name: str = "the example") -> None:
   """Raises PackError when `example` is longer than a row."""
-  tokens, patches = len(example.tokens), sum(distinct(example).values())
-  if tokens > T or patches > P:
+  if not fits(example, T, P):
+    tokens, patches = len(example.tokens), sum(distinct(example).values())
     raise PackError(
       f"{name} has {tokens} tokens and {patches} patches; a row holds T={T} and P={P}. "
       "Raise data.tokens or data.patches, lower the pixel budgets, or drop the example."

@@ -236,13 +236,14 @@ class Engine:
 
   def _summary(self, table: Table, seconds: dict[str, float]) -> dict[str, float]:
     counts = table.stats | dict(
-      pictures=table.bank.encoded, vision_calls=table.bank.calls, compiles=self.compiles
+      pictures=table.bank.encoded, vision_calls=table.bank.calls
     )
     # Of the tokens that the decoding loop could have sampled, those that it did.
     occupancy = counts["tokens"] / max(1, counts["steps"] * self.slots)
     stats = counts | {"occupancy": occupancy}
     stats = {f"rollout/{k}": float(v) for k, v in stats.items()}
-    return stats | {f"perf/rollout_{k}_s": v for k, v in seconds.items()}
+    stats |= {f"perf/rollout_{k}_s": v for k, v in seconds.items()}
+    return stats | {"perf/rollout_compiles": float(self.compiles)}
 
   # ---- Device ------------------------------------------------------------------------
 

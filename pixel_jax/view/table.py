@@ -148,9 +148,9 @@ def render(evaluation: dict | None) -> str:
 <tbody>{"".join(body)}</tbody></table></div>
 <p class="note">{note}Per cent, with 95 % intervals. RaPR: the share of rollouts with at
 least one successful operation. Covers: of the rollouts that operated, the share whose
-box or frames show what the question asks for. Swapped: operations return the pictures
-of another scene; a policy that really looks falls to guessing. The pay-off's interval treats the two
-samples as independent.</p>{breakdown(rows)}"""
+box or frames show what the question asks for. Swapped: operations return pictures of
+another scene; a policy that really looks falls to guessing. The pay-off's interval
+treats the two samples as independent.</p>{breakdown(rows)}"""
 
 
 def breakdown(rows: list[dict]) -> str:
