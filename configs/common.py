@@ -34,8 +34,9 @@ def model(size):
     return dict(
       name="tiny", dtype="float32", remat="none", scan_layers=False, logp_chunk=65536
     )
+  # Logits of 65536 tokens of the whole batch at a time: 512 of each of 128 rows.
   return dict(
-    name=size, dtype="bfloat16", remat="full", scan_layers=True, logp_chunk=1024
+    name=size, dtype="bfloat16", remat="full", scan_layers=True, logp_chunk=65536
   )
 
 

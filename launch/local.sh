@@ -3,7 +3,7 @@
 # evaluation, report.html.  What stands already is reused; a killed run continues.
 #
 #   ./launch/local.sh [WORKDIR]           the whole path, at most ten minutes on two cores
-#   ./launch/local.sh --trap [WORKDIR]    the RL run with alpha = 0 as long as the other
+#   ./launch/local.sh --trap [WORKDIR]    also draws the learning trap: WORKDIR/trap.svg
 #   ./launch/local.sh --full [WORKDIR]    with zooms into selected frames and traces that
 #                                         correct themselves; at most 25 minutes
 #   ./launch/local.sh --fast [WORKDIR]    a few steps of every stage: does it all run?
@@ -57,5 +57,6 @@ stage "RL without curiosity" python -m pixel_jax.train_rl --config=configs/rl.py
 stage "evaluation" python -m pixel_jax.evaluate --config=configs/evaluate.py:$of \
   --workdir="$workdir/eval" "${test_few[@]}" \
   --config.policies="BASE=$workdir/base,SFT=$workdir/sft,RL=$workdir/rl,RL alpha=0=$workdir/rl_alpha0"
-stage "report" python tools/view.py "$workdir" --out="$workdir/report.html"
+stage "report" python tools/view.py "$workdir" --out="$workdir/report.html" \
+  ${trap:+--figure="$workdir/trap.svg"}
 printf '\nAll of it took %d s. Open %s\n' $((SECONDS - started)) "$workdir/report.html"

@@ -200,6 +200,13 @@ def load_extra(directory: str | pathlib.Path) -> dict:
   return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
 
 
+def fingerprint(directory: str | pathlib.Path) -> str:
+  """Names the stored parameters: changes when they are written again."""
+  params = _locate(directory) / PARAMS
+  newest = max(p.stat().st_mtime_ns for p in (params, *params.iterdir()))
+  return f"{params.parent.name}-{newest}"
+
+
 def _locate(directory: str | pathlib.Path) -> pathlib.Path:
   """The directory that holds params/."""
   root = pathlib.Path(directory).expanduser().resolve()

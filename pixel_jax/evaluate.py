@@ -8,7 +8,7 @@ import json
 
 from tqdm import tqdm
 
-from pixel_jax import metrics, parallel, start, trajectory
+from pixel_jax import checkpoint, metrics, parallel, start, trajectory
 from pixel_jax.data import sources, world
 from pixel_jax.evals import common
 from pixel_jax.rollout import engine
@@ -23,43 +23,72 @@ def main(config, workdir):
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
-  rows = []
+  file = workdir / "evaluation.json"
+  result = {
+    "split": config.data.uri,
+    "temperature": config.rollout.temperature,
+    "settings": json.loads(config.copy_and_resolve_references().to_json()),
+    "rows": [],
+  }
+  result["settings"].pop("policies")
+  known = reusable(file, result["settings"])
   for name, init in named.items():
-    policy = start.open_policy(
-      init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
-    )
-    source = sources.open_source(
-      config.data.uri, root=config.data.root, codec=policy.codec
-    )
-    tasks = [source[i] for i in range(min(config.data.tasks, len(source)))]
-    rollouts = start.call(
-      "engine", engine.Engine, policy.config, policy.codec, **config.engine
-    )
-    modes = {}
-    for mode in tqdm(config.modes, desc=name, leave=False):
-      played = common.play(
-        rollouts,
-        parallel.engine_params(policy.params),
-        tasks,
-        mode=mode,
-        seed=config.seed,
-        load_media=source.load_media,
-        other_scene=world.other_scene,
-        **config.rollout,
-      )
-      is_world = config.data.uri.startswith("world:")
-      modes[mode] = common.summarize(played, world.covers if is_world else None)
-      if mode != "swapped":  # its pictures could not be redrawn
-        file = workdir / "trajectories" / f"{name}_{mode}.jsonl"
-        trajectory.write_jsonl(file, played)
-    rows.append({"name": name, "policy": init, "modes": modes})
-    print(table(rows[-1:]))
-  result = {"split": config.data.uri, "temperature": config.rollout.temperature}
-  (workdir / "evaluation.json").write_text(
-    json.dumps(result | {"rows": rows}, indent=1)
-  )
+    weights = checkpoint.fingerprint(init)
+    row = known.get((name, weights))
+    if row is None:
+      modes = evaluate(config, workdir, name, init, mesh)
+      row = {"name": name, "policy": init, "weights": weights, "modes": modes}
+    result["rows"].append(row)
+    file.write_text(json.dumps(result, indent=1))
+    print(table([row]))
   print(f"done: {metrics.compiled()}")
   print(f"in {workdir}: evaluation.json, trajectories/")
+
+
+def reusable(file, settings) -> dict[tuple, dict]:
+  """Rows of an earlier evaluation with the same settings, by name and weights."""
+  if not file.exists():
+    return {}
+  earlier = json.loads(file.read_text())
+  if earlier.get("settings") != settings:
+    return {}
+  return {(r["name"], r["weights"]): r for r in earlier["rows"]}
+
+
+def evaluate(config, workdir, name: str, init: str, mesh) -> dict[str, dict]:
+  """What one policy does in every mode; its trajectories are written."""
+  policy = start.open_policy(
+    init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
+  )
+  source = start.call(
+    "data",
+    sources.open_source,
+    config.data.uri,
+    root=config.data.root,
+    codec=policy.codec,
+  )
+  tasks = [source[i] for i in range(min(config.data.tasks, len(source)))]
+  rollouts = start.call(
+    "engine", engine.Engine, policy.config, policy.codec, **config.engine
+  )
+  is_world = config.data.uri.startswith("world:")
+  modes = {}
+  for mode in tqdm(config.modes, desc=name, leave=False, disable=None):
+    played = common.play(
+      rollouts,
+      parallel.engine_params(policy.params),
+      tasks,
+      mode=mode,
+      seed=config.seed,
+      load_media=source.load_media,
+      other_scene=world.other_scene,
+      **config.rollout,
+    )
+    modes[mode] = common.summarize(played, world.covers if is_world else None)
+    if mode != "swapped":  # its pictures could not be redrawn
+      file = workdir / "trajectories" / f"{name}_{mode}.jsonl"
+      trajectory.write_jsonl(file, played)
+  return modes
 
 
 def table(rows: list[dict]) -> str:

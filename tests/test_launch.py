@@ -31,10 +31,12 @@ def test_fast_run_leaves_every_output_and_is_reused(tmp_path):
   assert [r["name"] for r in evaluation["rows"]] == ["BASE", "SFT", "RL", "RL alpha=0"]
   html = (tmp_path / "report.html").read_text()
   assert "RL alpha=0" in html and not re.search(r"(src|href)=.https?://", html)
-  before = (tmp_path / "rl" / "metrics.jsonl").read_bytes()
-  again = launch("--fast", tmp_path)
+  outputs = [tmp_path / "rl/metrics.jsonl", tmp_path / "eval/evaluation.json"]
+  before = [file.read_bytes() for file in outputs]
+  again = launch("--fast", "--trap", tmp_path)
   assert again.returncode == 0, again.stdout + again.stderr
-  assert (tmp_path / "rl" / "metrics.jsonl").read_bytes() == before
+  assert "<svg" in (tmp_path / "trap.svg").read_text()
+  assert [file.read_bytes() for file in outputs] == before
 
 
 def test_an_unknown_option_is_told():
