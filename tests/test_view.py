@@ -419,12 +419,14 @@ def test_any_numbers_can_be_drawn(values, log):
 
 
 def test_trap_figure_is_an_svg_file_with_both_arms():
-  svg = charts.trap_figure({"with <curiosity>": metrics(), "without": metrics()})
+  svg = charts.trap_figure(
+    {"with <curiosity>": [metrics()] * 2, "without": [metrics()]}
+  )
   root = xml.etree.ElementTree.fromstring(svg)
   names = [e.text for e in root.iter() if e.tag.endswith("text")]
   assert "with <curiosity>" in names and "without" in names
   curves = [e for e in root.iter() if "curve" in (e.get("class") or "")]
-  assert len(curves) == 6  # two panels, two arms, two in the legend
+  assert len(curves) == 8  # two panels, three runs, two arms in the legend
 
 
 def test_intervals():

@@ -19,6 +19,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pixel_jax.view import charts
 
 ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
+MODES = ("free", "forbidden", "forced", "swapped")
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
@@ -42,23 +43,20 @@ def run_seed(out: pathlib.Path, seed: int, steps: int | None) -> dict:
     alone = [of_seed, f"init={sft}", f"reward.alpha={alpha}", *more]
     call("train_rl", "rl.py:tiny", workdir, *alone)
     policies.append(f"RL {name}={workdir}")
-  done = out / "eval" / "evaluation.json"
-  if not done.exists():
-    policies = ",".join(policies)
-    call("evaluate", "evaluate.py:tiny", out / "eval", f"policies={policies}")
-  return json.loads(done.read_text())
+  call("evaluate", "evaluate.py:tiny", out / "eval", f"policies={','.join(policies)}")
+  return json.loads((out / "eval" / "evaluation.json").read_text())
 
 
 def table(evaluations: dict[int, dict]) -> str:
   """Markdown: a row a seed and policy."""
   lines = [
-    "| seed | policy | free | forbidden | forced | RaPR | box or frame covers the cue |",
-    "|---|---|---|---|---|---|---|",
+    f"| seed | policy | {' | '.join(MODES)} | RaPR | covers the cue (forced) |",
+    "|---" * (len(MODES) + 4) + "|",
   ]
   for seed, evaluation in evaluations.items():
     for row in evaluation["rows"]:
       free, forced = row["modes"]["free"], row["modes"]["forced"]
-      cells = [interval(row["modes"][m], "accuracy", "ci") for m in row["modes"]]
+      cells = [interval(row["modes"][m], "accuracy", "ci") for m in MODES]
       cells += [f"{free['rapr']:.3f}", interval(forced, "covered", "covered_ci")]
       lines.append(f"| {seed} | {row['name']} | " + " | ".join(cells) + " |")
   return "\n".join(lines) + "\n"
@@ -90,7 +88,7 @@ def main() -> None:
     evaluations[seed] = run_seed(out / f"seed_{seed}", seed, args.steps)
     for name, alpha in ARMS.items():
       rows = metrics(out / f"seed_{seed}" / f"rl_{alpha:g}")
-      arms[f"{name}, seed {seed}"] = rows
+      arms.setdefault(name, []).append(rows)
     (out / "trap.md").write_text(table(evaluations), encoding="utf-8")
     (out / "trap.svg").write_text(charts.trap_figure(arms), encoding="utf-8")
   print(table(evaluations))

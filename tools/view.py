@@ -127,7 +127,7 @@ def main() -> None:
   args.out.write_text(html, encoding="utf-8")
   print(f"report: {args.out.resolve()} ({args.out.stat().st_size / 1e6:.1f} MB)")
   if args.figure:
-    arms = {r.name: r.metrics for r in runs if r.is_rl}
+    arms = {r.name: [r.metrics] for r in runs if r.is_rl}
     args.figure.write_text(charts.trap_figure(arms), encoding="utf-8")
     print(f"figure: {args.figure.resolve()}")
 

@@ -283,10 +283,11 @@ STYLE += "".join(f".c{i} {{ --c: {dark} }}\n" for i, (_, dark) in enumerate(COLO
 STYLE += "}\n"
 
 
-def trap_figure(arms: dict[str, list[dict]]) -> str:
-  """The learning trap as one SVG file: RaPR and correctness over steps, an arm a line.
+def trap_figure(arms: dict[str, list[list[dict]]]) -> str:
+  """The learning trap as one SVG file: RaPR and correctness over steps, a line a run.
 
-  `arms` maps a name ("curiosity, alpha = 0.5") to the objects of its metrics.jsonl.
+  `arms` maps a name ("curiosity, alpha = 0.5") to its runs, one per seed, each the
+  objects of a metrics.jsonl; the runs of an arm look alike.
   """
   panels = (
     ("ops/rapr", "How often it looks closer", "share of rollouts with an operation"),
@@ -294,7 +295,11 @@ def trap_figure(arms: dict[str, list[dict]]) -> str:
   )
   body = []
   for i, (key, title, subtitle) in enumerate(panels):
-    lines = [line_of(n, rows, key, slot) for slot, (n, rows) in enumerate(arms.items())]
+    lines = [
+      line_of(name, rows, key, slot)
+      for slot, (name, runs) in enumerate(arms.items())
+      for rows in runs
+    ]
     drawn, _ = panel(
       lines,
       left=46 + 410 * i,
