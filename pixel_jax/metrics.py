@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
-import tensorboardX
 import tqdm
 
 # Dense bf16 peak of one jax device, FLOP/s (performance.md 2.1; a v7x chip is two).
@@ -66,6 +65,8 @@ class Writer:
     self._bar = self._board = self._wandb = self._file = None
     self._printed = -math.inf
     if jax.process_index() == 0:
+      import tensorboardX  # here: it imports torch where that is installed, a second
+
       self._root.mkdir(parents=True, exist_ok=True)
       cut_back(self._root, first_step)
       self._file = (self._root / "metrics.jsonl").open("a", encoding="utf-8")
@@ -220,13 +221,15 @@ def _read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
 
   A record is its length (u64), a checksum (u32), the event and a checksum (u32).
   """
+  from tensorboardX.proto import event_pb2
+
   at = 0
   while at + 12 <= len(data):
     (size,) = struct.unpack_from("<Q", data, at)
     end = at + 12 + size + 4
     if end > len(data):
       return
-    event = tensorboardX.proto.event_pb2.Event.FromString(data[at + 12 : end - 4])
+    event = event_pb2.Event.FromString(data[at + 12 : end - 4])
     yield data[at:end], event
     at = end
 

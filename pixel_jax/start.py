@@ -60,7 +60,10 @@ def run(main) -> None:
 
 
 def stop(error: Exception) -> None:
-  print(f"error: {error}", file=sys.stderr)
+  text = error
+  while isinstance(text, AttributeError | KeyError) and text.args:
+    text = text.args[0]  # ml_collections wraps them, and a KeyError quotes its text
+  print("error:", " ".join(str(text).split()), file=sys.stderr)
   sys.exit(2)
 
 
