@@ -39,6 +39,7 @@ def run(main) -> None:
         raise ConfigError(
           "both are needed: --config=configs/NAME.py:SIZE --workdir=DIR"
         )
+      CONFIG.value.to_dict()  # a file that did not load says so when it is used
       return argv
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
       stop(e)
@@ -63,7 +64,10 @@ def stop(error: Exception) -> None:
   text = error
   while isinstance(text, AttributeError | KeyError) and text.args:
     text = text.args[0]  # ml_collections wraps them, and a KeyError quotes its text
-  print("error:", " ".join(str(text).split()), file=sys.stderr)
+  lines = str(text).strip().splitlines()
+  if any("Traceback" in line for line in lines):  # of a config file that refused
+    lines = lines[-1:]
+  print("error:", " ".join(lines), file=sys.stderr)
   sys.exit(2)
 
 

@@ -188,6 +188,18 @@ def test_a_mistake_in_the_config_is_told_in_one_line(flags, told, tmp_path):
   assert "Traceback" not in process.stderr
 
 
+@pytest.mark.parametrize("config", ["configs/sfft.py:tiny", "configs/sft.py:tinny"])
+def test_a_config_that_does_not_exist_is_told(config, tmp_path):
+  process = subprocess.run(
+    command(("train_sft", config), tmp_path / "run"),
+    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
+    text=True, timeout=120,
+  )  # fmt: skip
+  last = process.stderr.strip().splitlines()[-1]
+  assert process.returncode == 2 and last.startswith("error: ")
+  assert "sfft.py" in last or "tinny" in last
+
+
 def test_evaluate_makes_the_table(base, rl, tmp_path):
   entry = ("evaluate", "configs/evaluate.py:tiny")
   policies = f"BASE={base},RL={rl}"
