@@ -1,9 +1,13 @@
 """Importing costs little, starts no device and needs no torch."""
 
+import ast
 import json
+import pathlib
+import re
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 
@@ -19,6 +23,8 @@ for name in names:
 from jax._src import xla_bridge
 print(json.dumps([len(names), sorted(xla_bridge._backends)]))
 """
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def _python(code):
@@ -64,3 +70,23 @@ def test_every_module_without_torch_or_device():
   count, backends = json.loads(_python(EVERYTHING).splitlines()[-1])
   assert count > 20
   assert backends == []
+
+
+def test_everything_imported_is_a_declared_dependency():
+  """A machine without the test extra has only these (jaxtyping was once missing)."""
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  declared = {re.split(r"[\[<>=]", d)[0].lower() for d in project["dependencies"]}
+  optional = {"wandb", "torch"}  # imported where they are used, with a clear error
+  names = {"pil": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
+  for file in (ROOT / "pixel_jax").rglob("*.py"):
+    for node in ast.walk(ast.parse(file.read_text())):
+      found = []
+      if isinstance(node, ast.Import):
+        found = [a.name for a in node.names]
+      elif isinstance(node, ast.ImportFrom) and not node.level:
+        found = [node.module]
+      for name in found:
+        top = name.split(".")[0].lower()
+        if top in sys.stdlib_module_names or top in {"pixel_jax", *optional}:
+          continue
+        assert names.get(top, top.replace("_", "-")) in declared, (file, name)
