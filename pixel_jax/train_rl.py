@@ -94,6 +94,10 @@ def main(config, workdir):
   def gradient(params, batch, tokens):
     return jax.grad(loss_fn, has_aux=True)(params, batch, tokens)
 
+  @functools.partial(jax.jit, donate_argnums=0)
+  def add(total, grads):
+    return jax.tree.map(jnp.add, total, grads)
+
   @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, None))
   def apply(state, grads):
     params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
@@ -120,22 +124,21 @@ def main(config, workdir):
       for i in range(count)
     ]
 
-  def update(state, batches, tokens):
-    """One optimizer step over the micro-batches; `tokens` normalises the loss."""
+  def update(state, batches, own, tokens):
+    """One optimizer step over micro-batches of `own` tokens; `tokens` normalises."""
     total, sums = None, []
     for batch in batches:
       grads, m = gradient(state["params"], batch, np.float32(tokens))
-      total = grads if total is None else jax.tree.map(jnp.add, total, grads)
+      total = grads if total is None else add(total, grads)
       sums.append(m)
     state, m = apply(state, total)
     sums = jax.device_get(sums)
     # Rollouts without an advantage count in `tokens` but were not looked at.
-    scale = float(tokens) / max(sum(float(b.weight.sum()) for b in batches), 1.0)
     for k in sums[0]:
       values = [float(s[k]) for s in sums]
-      m[k] = max(values) if k.endswith("_max") else sum(values) * scale
-    m["loss"] /= scale
-    return state, m
+      m[k] = max(values) if k.endswith("_max") else sum(values) * tokens / own
+    m["loss"] *= own / tokens
+    return state, {k: float(v) for k, v in m.items()}
 
   # ---- Resume ------------------------------------------------------------------------
   memory = start.call("replay", replay.Replay, **config.replay)
@@ -180,18 +183,18 @@ def main(config, workdir):
       size = -(-len(chosen) // config.rl.minibatches)
       parted = [chosen[i : i + size] for i in range(0, len(chosen), size or 1)]
       plan = [(to_batches(part), count_tokens(part)) for part in parted]
-      if config.rl.minibatches > 1 or replayed:
+      alone = config.rl.minibatches == 1 and not replayed
+      if not alone:
         plan = [
-          ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], tokens)
-          for batches, tokens in plan
+          ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], own)
+          for batches, own in plan
         ]
-      if config.rl.minibatches == 1 and not replayed:
-        # Rollouts without an advantage have no gradient, but they count as tokens.
-        plan = [(b, count_tokens(examples)) for b, _ in plan]
       updated = []
-      for batches, tokens in plan:
-        state, um = update(state, batches, tokens)
-        updated.append({k: float(v) for k, v in um.items()})
+      for batches, own in plan:
+        # Rollouts without an advantage have no gradient, but they count as tokens.
+        tokens = count_tokens(examples) if alone else own
+        state, um = update(state, batches, own, tokens)
+        updated.append(um)
       m |= {k: float(np.mean([u[k] for u in updated])) for k in dict(*updated[:1])}
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
