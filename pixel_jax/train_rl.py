@@ -199,17 +199,10 @@ def main(config, workdir):
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
       with writer.timer("eval"):
-        played = common.play(
-          rollouts,
-          parallel.engine_params(state["params"]),
-          [validation[i] for i in range(config.eval.tasks)],
-          mode="free",
-          seed=config.seed,
-          load_media=validation.load_media,
+        m |= held_out(
+          rollouts, state["params"], validation, config.eval.tasks, config.seed,
           **config.rollout,
-        )
-        summary = common.summarize(played)
-        m |= {f"eval/{k}": summary[k] for k in ("accuracy", "rapr", "error_rate")}
+        )  # fmt: skip
     sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)
     writer.write(done, m | stats, tokens=sampled)
     if done % config.keep_trajectories_every == 0 or done == config.total_steps:
@@ -285,6 +278,21 @@ def score(groups, parts, advantage, kept, step):
       if kept[q, g]:
         examples.append(encode.example(t, finished.pixels))
   return examples
+
+
+def held_out(rollouts, params, source, count, seed, **rollout):
+  """Accuracy and habits on the first `count` questions of a source, one answer each."""
+  played = common.play(
+    rollouts,
+    parallel.engine_params(params),
+    [source[i] for i in range(min(count, len(source)))],
+    mode="free",
+    seed=seed,
+    load_media=source.load_media,
+    **rollout,
+  )
+  summary = common.summarize(played)
+  return {f"eval/{k}": summary[k] for k in ("accuracy", "rapr", "error_rate")}
 
 
 def count_tokens(examples):
