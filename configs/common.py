@@ -53,14 +53,16 @@ def codec(size):
       crop=(28 * 56, 56 * 56),  # 56 x 56 for a box that is about square
       frame=(112 * 112, 112 * 112),
     )
-    return dict(profile="clean", budgets=budgets, video_frames=8)
+    return dict(
+      profile="clean", budgets=budgets, video_frames=8, crop_source="original"
+    )
   budgets = dict(
     image=(4 * TOKEN, 2000 * TOKEN),
     video=(4 * TOKEN, 512 * TOKEN),
     crop=(4 * TOKEN, 1000 * TOKEN),
     frame=(4 * TOKEN, 400 * TOKEN),
   )
-  return dict(profile="clean", budgets=budgets, video_frames=16)
+  return dict(profile="clean", budgets=budgets, video_frames=16, crop_source="original")
 
 
 def mesh(size):

@@ -43,7 +43,10 @@ def get_config(arg="tiny"):
     tokens=16384,
     patches=32768,
   )
-  c.loss = dict(clip=(0.2, 0.28))  # grpo.loss
+  c.loss = dict(  # grpo.loss
+    clip=(0.2, 0.28),
+    sampler_cap=0.0,  # 2.0: truncated importance weight of the sampler's log-probs
+  )
   c.replay = dict(alpha=1.0, keep_steps=0, refill=True)
   c.optim = dict(
     lr=1e-6,

@@ -9,7 +9,7 @@ import json
 from tqdm import tqdm
 
 from pixel_jax import checkpoint, metrics, parallel, start, trajectory
-from pixel_jax.data import sources, world
+from pixel_jax.data import pipeline, sources, world
 from pixel_jax.evals import common
 from pixel_jax.rollout import engine
 
@@ -23,6 +23,13 @@ def main(config, workdir):
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
+  is_world = config.data.uri.startswith("world:")
+  for mode in config.modes:
+    if mode not in common.FORCE or (mode == "swapped" and not is_world):
+      raise start.ConfigError(
+        f"config.modes: {mode!r}; allowed are {', '.join(common.FORCE)}, and swapped "
+        "only where data.uri is a world:"
+      )
   file = workdir / "evaluation.json"
   result = {
     "split": config.data.uri,
@@ -67,7 +74,9 @@ def evaluate(config, workdir, name: str, init: str, mesh) -> dict[str, dict]:
     root=config.data.root,
     codec=policy.codec,
   )
-  tasks = [source[i] for i in range(min(config.data.tasks, len(source)))]
+  tasks = start.call(
+    "data", pipeline.fixed_tasks, source, config.data.tasks, workdir=workdir
+  )
   rollouts = start.call(
     "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )

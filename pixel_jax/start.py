@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -17,12 +18,16 @@ from ml_collections import ConfigDict, config_flags
 
 from pixel_jax import checkpoint, metrics, parallel
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import world
+from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, qwen2_5_vl
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
+
+
+# What may change when a run goes on: nothing that a step depends on.
+FREE = ("total_steps", "save_every", "eval_every", "keep_trajectories_every")
 
 
 class ConfigError(ValueError):
@@ -54,7 +59,13 @@ def run(main) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
-    except ConfigError as error:
+    except (
+      ConfigError,
+      checkpoint.CheckpointError,
+      pipeline.DataError,
+      sources.SourceError,
+      tokenizer.TokenizerError,
+    ) as error:
       stop(error)
 
   app.run(start, flags_parser=parse)
@@ -84,7 +95,17 @@ def call(section: str, function, *args, **kwargs):
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes the workdir and writes config.json; caches compiled programs beside it."""
   workdir.mkdir(parents=True, exist_ok=True)
-  (workdir / "config.json").write_text(config.to_json_best_effort(indent=1) + "\n")
+  file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
+  if (workdir / "checkpoints").is_dir() and file.exists():
+    old, new = json.loads(file.read_text()), json.loads(text)
+    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    differ = [k for k in differ if k not in FREE]
+    if differ:
+      raise ConfigError(
+        f"{workdir} was begun with another config ({', '.join(differ)}); continue with "
+        "the same, or give a new --workdir"
+      )
+  file.write_text(text + "\n")
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", workdir.parent / "compiled")
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -144,8 +165,9 @@ def open_policy(
       "convert a checkpoint first: python tools/convert.py import --hf=DIR --out=DIR"
     )
   if not (workdir / "tokenizer").exists():
-    words.save(workdir / "tokenizer")
-  config = dataclasses.replace(config, **model)
+    # With what lies beside it: an export wants the processor's files too.
+    shutil.copytree(root / "tokenizer", workdir / "tokenizer")
+  config = call("model", dataclasses.replace, config, **model)
   abstract = qwen2_5_vl.abstract(config)
   shardings = parallel.shardings(mesh, hf.logical_axes(config), abstract)
   if init:

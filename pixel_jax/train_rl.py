@@ -40,9 +40,10 @@ def main(config, workdir):
   tx, schedule = start.call(
     "optim", optim.make, policy.params, total_steps=updates, **config.optim
   )
-  source = sources.open_source(
-    config.data.uri, root=config.data.root, codec=policy.codec
+  look = functools.partial(
+    sources.open_source, root=config.data.root, codec=policy.codec
   )
+  source = start.call("data", look, config.data.uri)
   questions = start.call(
     "data",
     pipeline.tasks,
@@ -54,12 +55,17 @@ def main(config, workdir):
     hosts=jax.process_count(),
     shards=config.data.shards,
   )
-  validation = sources.open_source(
-    config.eval.uri, root=config.data.root, codec=policy.codec
+  validation = start.call("eval", look, config.eval.uri)
+  held = start.call(
+    "eval", pipeline.fixed_tasks, validation, config.eval.tasks, workdir=workdir
   )
   rollouts = start.call(
     "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )
+  start.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
+  start.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
+  none = np.zeros((1, 2), np.int32)
+  start.call("reward", rewards.shaped, none * 1.0, none, none, **config.reward)
   start.describe(config, policy, mesh)
 
   # ---- State ---------------------------------------------------------------------------
@@ -77,16 +83,18 @@ def main(config, workdir):
     logp, entropy = qwen2_5_vl.token_logp(
       policy.config, params, batch, config.rollout.temperature
     )
-    old = logp if batch.logp_old is None else batch.logp_old
+    old = jax.lax.stop_gradient(logp if batch.logp_old is None else batch.logp_old)
     loss, m = grpo.loss(
       logp,
-      jax.lax.stop_gradient(old),
+      old,
       batch.advantage,
       batch.weight,
       normalizer=tokens,
+      logp_sampler=batch.logp_sampler,
       **config.loss,
     )
-    m |= grpo.agreement(logp, batch.logp_sampler, batch.weight, normalizer=tokens)
+    # Of the policy that sampled: a later minibatch has moved away from it.
+    m |= grpo.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
     m["policy/entropy"] = jnp.where(batch.weight > 0, entropy, 0.0).sum() / tokens
     return loss, m | {"loss": loss}
 
@@ -98,7 +106,7 @@ def main(config, workdir):
   def add(total, grads):
     return jax.tree.map(jnp.add, total, grads)
 
-  @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, None))
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
   def apply(state, grads):
     params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
     m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
@@ -180,10 +188,12 @@ def main(config, workdir):
         examples, np.random.default_rng((config.seed, step))
       )
     with writer.timer("update"):
-      size = -(-len(chosen) // config.rl.minibatches)
-      parted = [chosen[i : i + size] for i in range(0, len(chosen), size or 1)]
-      plan = [(to_batches(part), count_tokens(part)) for part in parted]
-      alone = config.rl.minibatches == 1 and not replayed
+      parts = np.array_split(np.arange(len(chosen)), config.rl.minibatches)
+      # Every host makes the same updates, also one whose own groups are all uniform.
+      parts = [p for p in parts if parallel.agree(len(p), "max")]
+      plan = [[chosen[i] for i in part] for part in parts]
+      plan = [(to_batches(part), count_tokens(part)) for part in plan]
+      alone = config.rl.minibatches == 1 and not parallel.agree(replayed, "max")
       if not alone:
         plan = [
           ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], own)
@@ -195,12 +205,14 @@ def main(config, workdir):
         tokens = count_tokens(examples) if alone else own
         state, um = update(state, batches, own, tokens)
         updated.append(um)
-      m |= {k: float(np.mean([u[k] for u in updated])) for k in dict(*updated[:1])}
+      for k in dict(*updated[:1]):
+        combine = np.max if k.endswith("_max") else np.mean
+        m[k] = float(combine([u[k] for u in updated]))
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
       with writer.timer("eval"):
         m |= held_out(
-          rollouts, state["params"], validation, config.eval.tasks, config.seed,
+          rollouts, state["params"], held, validation.load_media, config.seed,
           **config.rollout,
         )  # fmt: skip
     sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)
@@ -280,15 +292,15 @@ def score(groups, parts, advantage, kept, step):
   return examples
 
 
-def held_out(rollouts, params, source, count, seed, **rollout):
-  """Accuracy and habits on the first `count` questions of a source, one answer each."""
+def held_out(rollouts, params, tasks, load_media, seed, **rollout):
+  """Accuracy and habits on held-out questions, one answer each."""
   played = common.play(
     rollouts,
     parallel.engine_params(params),
-    [source[i] for i in range(min(count, len(source)))],
+    tasks,
     mode="free",
     seed=seed,
-    load_media=source.load_media,
+    load_media=load_media,
     **rollout,
   )
   summary = common.summarize(played)
@@ -296,8 +308,9 @@ def held_out(rollouts, params, source, count, seed, **rollout):
 
 
 def count_tokens(examples):
-  """Loss tokens, at least one."""
-  return max(sum(float(e.weight.sum()) for e in examples), 1.0)
+  """Loss tokens of all hosts, at least one."""
+  own = sum(float(e.weight.sum()) for e in examples)
+  return max(parallel.agree(own, "sum"), 1.0)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ def main(config, workdir):
     )
 
   train = batches(uri, config.seed)
+  batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
   start.describe(config, policy, mesh)
 
   # ---- State ---------------------------------------------------------------------------

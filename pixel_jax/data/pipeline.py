@@ -142,15 +142,7 @@ def tasks(
   quarantine = Quarantine(workdir, host, max_bad_share)
 
   def make(index: int, shard: int):
-    def work():
-      record = source[index]
-      task = record.task if isinstance(record, Trajectory) else record
-      sources.check_task(task)
-      for media in task.media:
-        source.load_media(media)
-      return dataclasses.replace(task, shard=shard)
-
-    return attempt(index, work)
+    return attempt(index, lambda: usable_task(source, index, shard))
 
   def produce(state):
     streams = [
@@ -170,6 +162,37 @@ def tasks(
   layout = {"seed": seed, "shards": shards, "records": len(source)}
   start = {"next": 0, "bad": 0, "counts": [0, 0]}
   return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
+
+
+def usable_task(source: Any, index: int, shard: int = 0) -> Task:
+  """A record as a question; raises when no rollout could be made of it."""
+  record = source[index]
+  task = record.task if isinstance(record, Trajectory) else record
+  sources.check_task(task)
+  for media in task.media:
+    source.load_media(media)
+  return dataclasses.replace(task, shard=shard)
+
+
+def fixed_tasks(
+  source: Any, count: int, *, workdir: str | pathlib.Path | None = None
+) -> list[Task]:
+  """The first `count` questions that can be used; the others are set aside."""
+  aside, good = Quarantine(workdir, 0, 1.0), []
+  for i in range(len(source)):
+    if len(good) >= count:
+      break
+    made = attempt(i, functools.partial(usable_task, source, i))
+    if isinstance(made, Bad):
+      aside.add(made, -1)
+    else:
+      good.append(made)
+  if not good:
+    raise DataError(
+      f"none of {len(source)} records is a usable question for {count} tasks; see "
+      f"{aside.path or 'a quarantine file: give a workdir'}"
+    )
+  return good
 
 
 def _own_shards(source, size, shards, host, hosts, name) -> range:
@@ -246,6 +269,13 @@ def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Exam
   record = source[index]
   if isinstance(record, Trajectory):
     t = record
+    sources.check_task(t.task)
+    lengths = {len(x) for x in (t.ids, t.sampled, t.weight, t.logp, t.position)}
+    if len(lengths) > 1:
+      raise sources.BadRecord(
+        f"task {t.task.id}: ids, sampled, weight, logp and position differ in length "
+        f"({sorted(lengths)})"
+      )
     if t.profile != codec.profile:
       raise sources.BadRecord(
         f"the trace has the prompt profile {t.profile!r}, the run {codec.profile!r}"
