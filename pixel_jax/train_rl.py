@@ -140,13 +140,7 @@ def main(config, workdir):
       total = grads if total is None else add(total, grads)
       sums.append(m)
     state, m = apply(state, total)
-    sums = jax.device_get(sums)
-    # Rollouts without an advantage count in `tokens` but were not looked at.
-    for k in sums[0]:
-      values = [float(s[k]) for s in sums]
-      m[k] = max(values) if k.endswith("_max") else sum(values) * tokens / own
-    m["loss"] *= own / tokens
-    return state, {k: float(v) for k, v in m.items()}
+    return state, combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
 
   # ---- Resume ------------------------------------------------------------------------
   memory = start.call("replay", replay.Replay, **config.replay)
@@ -188,11 +182,8 @@ def main(config, workdir):
         examples, np.random.default_rng((config.seed, step))
       )
     with writer.timer("update"):
-      parts = np.array_split(np.arange(len(chosen)), config.rl.minibatches)
-      # Every host makes the same updates, also one whose own groups are all uniform.
-      parts = [p for p in parts if parallel.agree(len(p), "max")]
-      plan = [[chosen[i] for i in part] for part in parts]
-      plan = [(to_batches(part), count_tokens(part)) for part in plan]
+      parts = split(chosen, config.rl.minibatches)
+      plan = [(to_batches(part), count_tokens(part)) for part in parts]
       alone = config.rl.minibatches == 1 and not parallel.agree(replayed, "max")
       if not alone:
         plan = [
@@ -205,9 +196,7 @@ def main(config, workdir):
         tokens = count_tokens(examples) if alone else own
         state, um = update(state, batches, own, tokens)
         updated.append(um)
-      for k in dict(*updated[:1]):
-        combine = np.max if k.endswith("_max") else np.mean
-        m[k] = float(combine([u[k] for u in updated]))
+      m |= average(updated)
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
       with writer.timer("eval"):
@@ -290,6 +279,37 @@ def score(groups, parts, advantage, kept, step):
       if kept[q, g]:
         examples.append(encode.example(t, finished.pixels))
   return examples
+
+
+def split(examples, minibatches):
+  """Contiguous parts, as many on every host: one whose groups are all uniform waits."""
+  parts = np.array_split(np.arange(len(examples)), minibatches)
+  parts = [p for p in parts if parallel.agree(len(p), "max")]
+  return [[examples[i] for i in part] for part in parts]
+
+
+def combine(sums, own, tokens):
+  """Metrics of an update from those of its micro-batches, which are sums / `tokens`.
+
+  Rollouts without an advantage count in `tokens` but were not looked at, so all but the
+  loss are taken over the `own` tokens that were.
+  """
+  sums = jax.device_get(sums)
+  m = {
+    k: max(map(float, (s[k] for s in sums)))
+    if k.endswith("_max")
+    else sum(float(s[k]) for s in sums) * tokens / own
+    for k in sums[0]
+  }
+  return m | {"loss": m["loss"] * own / tokens}
+
+
+def average(updates):
+  """The mean over the updates of a step; of maxima the largest."""
+  return {
+    k: float((np.max if k.endswith("_max") else np.mean)([u[k] for u in updates]))
+    for k in dict(*updates[:1])
+  }
 
 
 def held_out(rollouts, params, tasks, load_media, seed, **rollout):
