@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -62,10 +63,10 @@ def test_the_readme_names_what_exists(command):
     config = next(w for w in words if w.startswith("--config="))
     path, _, arg = config.removeprefix("--config=").partition(":")
     code = f"import runpy; runpy.run_path({path!r})['get_config']({arg!r})"
-    subprocess.run(["python", "-c", code], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
   else:
     shown = subprocess.run(
-      ["python", words[1], "--help"], cwd=ROOT, capture_output=True, text=True
+      [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True
     )
     assert shown.returncode == 0, shown.stderr
     for flag in re.findall(r"--[a-z]+", command):
