@@ -101,6 +101,7 @@ def main(config, workdir):
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
       rows = [next(held) for _ in range(config.eval.batches)]
+      held.close()  # its thread reads ahead until then
       losses = [heldout(state["params"], parallel.to_devices(mesh, r)) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
     writer.write(done, m | train.counts())
