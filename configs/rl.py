@@ -60,7 +60,7 @@ def get_config(arg="tiny"):
     freeze=(),
   )
   if tiny:
-    c.total_steps = 150
+    c.total_steps = 250
     c.save_every = 50
     c.eval_every = 50
     c.keep_trajectories_every = 25
@@ -74,9 +74,11 @@ def get_config(arg="tiny"):
       prompts_per_step=24,
       minibatches=1,
       std=True,  # what was measured: tiny_world.md
-      # A turn of 16 tokens that does not end is babble, not thought cut short: masked,
-      # nothing held it back, and a fifth of the answers to videos became it.
-      masked_stops=("turns",),
+      # Nothing is masked.  A turn of 16 tokens that does not end is babble, not thought
+      # cut short, and three calls without an answer are no search: masked, nothing held
+      # either back.  Of the full world's rollouts 78 % never answered after 300 steps
+      # (accuracy .23; .93 without the mask).
+      masked_stops=(),
       rows=16,
       tokens=128,
       patches=192,
