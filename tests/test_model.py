@@ -15,7 +15,7 @@ import pytest
 
 from pixel_jax.batch import Batch
 from pixel_jax.model import config as config_lib
-from pixel_jax.model import hf
+from pixel_jax.model import hf, layers
 from pixel_jax.model import qwen2_5_vl as model
 from pixel_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from pixel_jax.pixels import geometry
@@ -578,6 +578,38 @@ def test_runtime_options_change_nothing():
                   {"scan_layers": True, "remat": "full", "logp_chunk": 7}):  # fmt: skip
     got = run(dataclasses.replace(base, **options))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, want)
+
+
+REMAT = ("none", "dots", "qkvo", "full")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_keeps_less_and_gives_the_same_gradient(scan):
+  """Of both towers; the vision tower of "tied" is scanned in periods."""
+  params = noisy(CONFIGS["tied"])
+  batch = pack([[example(CONFIGS["tied"], 0, [3, IMAGE, 9])]], 24, 24)
+  kept, grads = {}, {}
+  for remat in REMAT:
+    config = dataclasses.replace(CONFIGS["tied"], scan_layers=scan, remat=remat)
+
+    def loss(params, config=config):
+      return model.token_logp(config, params, batch)[0].sum()
+
+    grads[remat] = jax.jit(jax.grad(loss))(params)
+    # What a vjp closes over is what the forward pass hands to the backward pass.
+    residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+    kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), grads[remat], grads["none"])
+  assert kept["none"] > 1.5 * kept["dots"] > 1.5 * kept["full"]
+  assert kept["dots"] > kept["qkvo"] > kept["full"], kept
+
+
+def test_an_unknown_remat_is_told():
+  with pytest.raises(ValueError, match="'half'.*none, dots, qkvo, full"):
+    config_lib.tiny(VOCAB, remat="half")
+  with pytest.raises(ValueError, match="'half'.*none, dots, qkvo, full"):
+    layers.checkpoint(lambda x: x, "half", scan=False)
+  assert tuple(layers.REMAT) == REMAT
 
 
 def test_bf16_runs_close_to_f32():

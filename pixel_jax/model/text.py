@@ -8,6 +8,7 @@ the same block; they differ in where its keys and values come from.  Not here: i
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 from pixel_jax.batch import Cache
@@ -42,7 +43,8 @@ class Block(nnx.Module):
   def qkv(self, x: Float[Array, "B T D"], table):
     """q [B N T H], k and v [B K T H], rotary applied."""
     x = self.attn_norm(x)
-    return rope.rotate(self.q(x), table), rope.rotate(self.k(x), table), self.v(x)
+    q, k = rope.rotate(self.q(x), table), rope.rotate(self.k(x), table)
+    return name(q, "q"), name(k, "k"), name(self.v(x), "v")
 
   def close(
     self, x: Float[Array, "B T D"], heads: Float[Array, "B N T H"]
