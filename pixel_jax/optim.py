@@ -134,9 +134,7 @@ def apply(
   return optax.apply_updates(params, updates), state, optax.global_norm(grads)
 
 
-def accumulate(
-  function: Callable[[Any], Any], rows: Any, parts: int, *, zero: Any
-) -> Any:
+def accumulate(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
   """Sum of function(part) over `parts` parts of the rows, one after the other.
 
   Part i takes rows i, i + parts, ...: where rows lie over devices in contiguous blocks,
@@ -144,7 +142,6 @@ def accumulate(
 
   Args:
     rows: a pytree whose leaves have B rows first; B is a multiple of `parts`.
-    zero: what a sum starts from, as `function` returns it.
   """
   if parts == 1:
     return function(rows)
@@ -155,7 +152,10 @@ def accumulate(
   def add(total, part):
     return jax.tree.map(jnp.add, total, function(part)), None
 
-  return jax.lax.scan(add, zero, jax.tree.map(stride, rows))[0]
+  rows = jax.tree.map(stride, rows)
+  like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], rows))
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  return jax.lax.scan(add, zero, rows)[0]
 
 
 # ---- Frozen and trained --------------------------------------------------------------

@@ -101,9 +101,8 @@ def test_nothing_is_kept_for_frozen_parameters():
   @jax.jit
   def step(trained, frozen, state, rows):
     grads = optim.accumulate(
-      lambda part: jax.grad(loss)(trained, frozen, part), rows, 3,
-      zero=jax.tree.map(jnp.zeros_like, trained),
-    )  # fmt: skip
+      lambda part: jax.grad(loss)(trained, frozen, part), rows, 3
+    )
     return optim.apply(tx, grads, trained, state)
 
   rows = jnp.arange(36.0).reshape(6, 6)
@@ -124,9 +123,7 @@ def test_parts_of_the_rows_add_up(parts):
     assert part["a"].shape == (12 // parts, 1)
     return {"sum": (part["a"] ** 2).sum() + part["b"].sum()}
 
-  got = jax.jit(
-    lambda r: optim.accumulate(function, r, parts, zero={"sum": jnp.float32(0)})
-  )(rows)
+  got = jax.jit(lambda r: optim.accumulate(function, r, parts))(rows)
   assert got["sum"] == sum(i**2 for i in range(12)) + 72
 
 
@@ -135,7 +132,7 @@ def test_parts_take_rows_of_every_device():
   mesh = parallel.make_mesh(data=4, fsdp=2)
   x = parallel.put_rows(mesh, np.arange(32.0).reshape(16, 2))
   text = (
-    jax.jit(lambda r: optim.accumulate(lambda p: p.sum(0), r, 2, zero=jnp.zeros(2)))
+    jax.jit(lambda r: optim.accumulate(lambda p: p.sum(0), r, 2))
     .lower(x)
     .compile()
     .as_text()
