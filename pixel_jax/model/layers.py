@@ -131,7 +131,11 @@ def run(
       lambda carry, xs: (layer(xs[1], carry, xs[0]), None), remat, scan=True
     )
     return jax.lax.scan(step, carry, (state, jnp.arange(depth)))[0]
+  # Cut at once: the gradient is one concatenation, where that of w[i] is a whole stack
+  # of zeros for each layer, all to be added.
+  leaves, treedef = jax.tree.flatten(state)
+  cut = [jax.lax.split(w, [1] * depth) for w in leaves]
   for i in range(depth):  # the index stays a Python number
     step = checkpoint(functools.partial(layer, i), remat, scan=False)
-    carry = step(carry, jax.tree.map(lambda w, i=i: w[i], state))
+    carry = step(carry, jax.tree.unflatten(treedef, [w[i][0] for w in cut]))
   return carry

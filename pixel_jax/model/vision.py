@@ -55,7 +55,8 @@ class Block(nnx.Module):
     self.down = Linear("BPF,FD->BPD", (F, D), **kwargs)
 
   def __call__(self, x: Float[Array, "B P D"], table, attend) -> Float[Array, "B P D"]:
-    q, k, v = self.qkv(self.attn_norm(x))
+    # Cut at once, so that the gradients of the three are joined and not added.
+    q, k, v = (y[0] for y in jax.lax.split(self.qkv(self.attn_norm(x)), [1] * 3))
     q, k = rope.rotate(q, table), rope.rotate(k, table)
     x = x + self.o(attend(name(q, "q"), name(k, "k"), name(v, "v")))
     return x + layers.gated_mlp(self, self.mlp_norm(x))
