@@ -316,8 +316,7 @@ def view_frames(
   """The frames in the budget of `role`, all of the size of the first."""
   first = codec.shrink(frames[0], role)
   return [first] + [
-    f if f.size == first.size else codec.resize(f, first.size)
-    for f in frames[1:]
+    f if f.size == first.size else codec.resize(f, first.size) for f in frames[1:]
   ]
 
 

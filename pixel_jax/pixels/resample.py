@@ -35,6 +35,8 @@ from PIL import Image
 from pixel_jax.pixels import image as image_lib
 
 BITS = 32 - 8 - 2  # of the fraction of a weight; Pillow's PRECISION_BITS
+HALF = 1 << (BITS - 1)
+FEW = (4, 8, 16)  # taps: no shrinking, up to 1.75 times, up to 3.75 times
 SUPPORT = 2.0  # bicubic: pixels to either side, of the coarser grid
 
 # Sides of the squares of `Resize`.  A result's side is a multiple of 28, and the crop's
@@ -130,13 +132,16 @@ def plan(
     # A window may not stick out of the square: it moves back, and the box in it on.
     corner[i] = min(top, source - window), min(left, source - window)
     first[i] = columns_first(size, new)
-    axes = [(size[1], new[1], top - corner[i, 0]), (size[0], new[0], left - corner[i, 1])]
+    axes = [
+      (size[1], new[1], top - corner[i, 0]),
+      (size[0], new[0], left - corner[i, 1]),
+    ]
     for j, (length, side, offset) in enumerate(axes[::-1] if first[i] else axes):
       begin, taps = table(length, side)
       start[i, j, :side] = begin + offset
       tables.append((i, j, taps))
   longest = max(taps.shape[1] for _, _, taps in tables)
-  k = _round_up(max(longest, 16 * window // out, 8))
+  k = _round_up(max(longest, 16 * window // out, FEW[-1]))
   taps = np.zeros((num, 2, out, k), np.int32)
   for i, j, rows in tables:
     taps[i, j, : len(rows), : rows.shape[1]] = rows
@@ -156,7 +161,9 @@ def _round_up(n: int) -> int:
 def square(picture: Image.Image, side: int) -> np.ndarray:
   """u8[S 3*S]: an RGB picture at the top left of a square, zeros around it."""
   if picture.mode != "RGB":
-    raise ValueError(f"a picture of mode {picture.mode}; expected RGB: image.load_image")
+    raise ValueError(
+      f"a picture of mode {picture.mode}; expected RGB: image.load_image"
+    )
   width, height = picture.size
   if max(width, height) > side:
     raise ValueError(f"a picture of {width}x{height} in a square of {side}.")
@@ -175,9 +182,7 @@ def zoom(
   """Every box of one picture, resized; compiled once for (S, C = window, B, O, K)."""
 
   def one(corner, start, taps, columns_first):
-    x = jax.lax.dynamic_slice(
-      picture, (corner[0], 3 * corner[1]), (window, 3 * window)
-    )
+    x = jax.lax.dynamic_slice(picture, (corner[0], 3 * corner[1]), (window, 3 * window))
     x = jax.lax.cond(columns_first, _transpose, lambda x: x, x)
     x = _transpose(_resample(x, start[0], taps[0], boxes.num_taps))
     x = _resample(x, start[1], taps[1], boxes.num_taps)
@@ -189,14 +194,32 @@ def zoom(
 def _resample(x, start, taps, num_taps):
   """One pass along rows: u8[N D] -> u8[O D], rounded and clipped as Pillow's clip8."""
 
-  def add(k, total):
-    weight = jax.lax.dynamic_index_in_dim(taps, k, axis=1)  # O 1
-    # Past a run the weight is 0, so it does not matter which row is read there.
-    return total + weight * x.at[start + k].get(mode="clip").astype(jnp.int32)
+  def add(first, num, total):
+    for k in range(num):
+      weight = jax.lax.dynamic_index_in_dim(taps, first + k, axis=1)  # O 1
+      # Past a run the weight is 0, so it does not matter which row is read there.
+      rows = x.at[start + first + k].get(mode="clip")
+      total = total + weight * rows.astype(jnp.int32)
+    return total
 
-  half = jnp.full((len(start), x.shape[1]), 1 << (BITS - 1), jnp.int32)
-  total = jax.lax.fori_loop(0, num_taps, add, half)
-  return jnp.clip(total >> BITS, 0, 255).astype(jnp.uint8)
+  def finish(total):
+    return jnp.clip(total >> BITS, 0, 255).astype(jnp.uint8)
+
+  def few(num):
+    # One fused loop: the sum never goes through memory (4 times as fast on a CPU).
+    return lambda: finish(add(0, num, jnp.int32(HALF)))
+
+  def many():
+    total = jnp.full((len(start), x.shape[1]), HALF, jnp.int32)
+    most = FEW[-1]
+
+    def step(i, total):
+      return add(i * most, most, total)
+
+    return finish(jax.lax.fori_loop(0, -(-num_taps // most), step, total))
+
+  which = sum((num_taps > n).astype(jnp.int32) for n in FEW)
+  return jax.lax.switch(which, [*map(few, FEW), many])
 
 
 def _transpose(x):
