@@ -31,6 +31,7 @@ from pixel_jax.batch import Cache
 from pixel_jax.chat.encode import Codec, Conversation
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
+from pixel_jax.pixels import resample
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode, pictures
 from pixel_jax.rollout.episode import Episode
@@ -68,6 +69,7 @@ class Engine:
     delay: chunks an operation may take while the other slots decode.
     views: cache lengths that attention is compiled for; None = max_len alone.
     workers: threads that run operations and prepare prompts.
+    zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
 
   def __init__(
@@ -87,7 +89,12 @@ class Engine:
     delay: int = 1,
     views: Sequence[int] | None = None,
     workers: int = 2,
+    zoom: str = "host",
   ):
+    if zoom not in ("host", "device"):
+      raise ValueError(f"{zoom=} is unknown; allowed: 'host', 'device'.")
+    if zoom == "device":
+      codec = dataclasses.replace(codec, resize=resample.Resize())
     if min(slots, prompt_len, extend_len, chunk) < 1 or not prompt_len < max_len:
       raise ValueError(
         f"{slots=}, {max_len=}, {prompt_len=}, {extend_len=}, {chunk=}: all are positive "
