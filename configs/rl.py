@@ -27,7 +27,13 @@ def get_config(arg="tiny"):
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = dict(  # rollout.Engine
-    slots=128, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
+    slots=128,
+    max_len=16384,
+    prompt_len=4096,
+    extend_len=2048,
+    patches=16384,
+    chunk=32,
+    zoom="host",  # "device": crops are resized there, byte for byte the same
   )
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
