@@ -197,8 +197,10 @@ def measure_limits(with_peer: bool) -> dict:
   else:
     y = jnp.ones(64 << 20, jnp.float32)
     copy = jax.jit(lambda a: a + 1)
-    bandwidth = 2 * y.nbytes / min(
-      _seconds(lambda: copy(y).block_until_ready()) for _ in range(6)
+    bandwidth = (
+      2
+      * y.nbytes
+      / min(_seconds(lambda: copy(y).block_until_ready()) for _ in range(6))
     )
   return out | {
     "flops": max(out.values()), "bandwidth": bandwidth, "peak_flops": metrics.peak_flops(),
@@ -239,7 +241,9 @@ def _version(package: str) -> str | None:
 def show(report: dict) -> None:
   """The table, for people."""
   limits, m = report["limits"], report["machine"]
-  print(f"{report['bench']}, {report['size']}, {report['dtype']}: {m['cpu']}, {m['device']}")
+  print(
+    f"{report['bench']}, {report['size']}, {report['dtype']}: {m['cpu']}, {m['device']}"
+  )
   ceilings = ", ".join(
     f"{k.removeprefix('matmul_')} {v / 1e9:.0f} GFLOP/s"
     for k, v in limits.items()

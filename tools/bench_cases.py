@@ -52,11 +52,11 @@ class Bench:
       return None
     return make(self.config, self.params, *args, **kwargs)
 
-  def theirs(self, name: str, *args, **kwargs) -> Callable | None:
-    """A peer: bench_peers.<name>(model, ...)."""
+  def theirs(self, name: str, *args, **kwargs) -> Any:
+    """Of the other side: bench_peers.<name>(model, ...)."""
     if self.model is None:
       return None
-    import bench_peers
+    import bench_peers  # here: it imports torch
 
     return getattr(bench_peers, name)(self.model, *args, **kwargs)
 
@@ -94,11 +94,7 @@ def _present(**peers: Callable | None) -> dict[str, Callable]:
 def preprocess(b: Bench) -> list[Case]:
   photos = data.photos(b.size)
   mine = ours.preprocess(b.codec, photos) if b.with_ours else None
-  peer = None
-  if b.model is not None:
-    import bench_peers
-
-    peer = bench_peers.preprocess(b.codec, photos)
+  peer = b.theirs("preprocess", b.codec, photos)
 
   def check(mine, theirs):
     if not all(np.array_equal(data.raster(p), q) for p, q in zip(mine, theirs)):
@@ -198,22 +194,14 @@ def train_flops(config: ModelConfig, examples, *, frozen: bool) -> float:
 
 
 def sft(b: Bench) -> list[Case]:
-  import contextlib  # noqa: F401
-
   return [same_rows(b), same_data(b)]
 
 
 def same_rows(b: Bench) -> Case:
   """Full rows on both sides, everything trained."""
   rows = data.rows(b.size, b.config)
-  mine = b.own(ours.train, ours.same_rows(rows)) if b.with_ours else None
-  peer = None
-  if b.model is not None:
-    import bench_peers
-
-    batch = bench_peers.padded(b.model, rows)
-    del batch["attention_mask"]  # full rows: the causal kernel
-    peer = bench_peers.train(b.model, [batch])
+  mine = b.own(ours.train, [ours.full(rows)])
+  peer = b.theirs("train", [b.theirs("full", rows)])
   return Case(
     "sft step, same rows {} x {}".format(*b.size.rows), "tokens",
     sum(len(e.tokens) for e in rows), mine, _present(torch_SDPA=peer),
@@ -225,19 +213,11 @@ def same_rows(b: Bench) -> Case:
 def same_data(b: Bench) -> Case:
   """A pass over one set of examples, tower frozen: packed against padded."""
   examples = data.examples(b.size, b.config)
-  mine = padded = packed = None
-  if b.with_ours:
-    batches = ours.packed(examples, b.size.row)
-    mine = b.own(ours.train, batches, freeze=ours.FROZEN)
-  if b.model is not None:
-    import bench_peers
-
-    n = b.size.batch
-    groups = [examples[i : i + n] for i in range(0, len(examples), n)]
-    batches = [bench_peers.padded(b.model, g) for g in groups]
-    padded = bench_peers.train(b.model, batches, freeze=True)
-    batches = bench_peers.packed(b.model, examples, b.size.row)
-    packed = bench_peers.train(b.model, batches, freeze=True)
+  n = b.size.batch
+  groups = [examples[i : i + n] for i in range(0, len(examples), n)]
+  mine = b.own(ours.train, ours.packed(examples, b.size.row), freeze=ours.FROZEN)
+  padded = b.theirs("train", [b.theirs("padded", g) for g in groups], freeze=True)
+  packed = b.theirs("train", b.theirs("packed", examples, b.size.row), freeze=True)
 
   def check(mine, theirs):  # the sum of the pass; the norm is of other batches
     return close("loss", _tolerance(b))(mine[:1], theirs[:1])
@@ -263,12 +243,10 @@ def rl(b: Bench) -> list[Case]:
   examples = [
     dataclasses.replace(e, advantage=float(a)) for e, a in zip(examples, advantage)
   ]
-  mine = None
-  if b.with_ours:
-    longest = max(len(e.tokens) for e in examples)
-    patches = max(sum(p.num_patches for _, p in e.vision) for e in examples)
-    row = (b.size.row[0], 64 * -(-longest // 64), 64 * -(-2 * patches // 64))
-    mine = b.own(ours.train, ours.packed(examples, row), policy=True)
+  longest = max(len(e.tokens) for e in examples)
+  patches = max(sum(p.num_patches for _, p in e.vision) for e in examples)
+  row = (b.size.row[0], 64 * -(-longest // 64), 64 * -(-2 * patches // 64))
+  mine = b.own(ours.train, ours.packed(examples, row), policy=True)
   peer = b.theirs("train_policy", examples, b.size.groups[1])
   return [
     Case(
@@ -305,7 +283,9 @@ def _rollout(b: Bench, equal: bool) -> Case:
     for side, played in (("ours", mine), ("theirs", theirs)):
       wrong = [k for k, ids in said.items() if played[k].ids != ids]
       if wrong:
-        raise Unequal(f"{side} did not say the script in {wrong[:3]}, {len(wrong)} in all.")
+        raise Unequal(
+          f"{side} did not say the script in {wrong[:3]}, {len(wrong)} in all."
+        )
     return {"trajectories_equal": len(said)} | _agreement(b, mine, conversations)
 
   sampled = sum(len(ids) for t in turns.values() for ids in t)
@@ -318,12 +298,10 @@ def _rollout(b: Bench, equal: bool) -> Case:
 
 def _agreement(b: Bench, mine, conversations) -> dict:
   """Our log-probs at sampling against their forward pass, of a few trajectories."""
-  import bench_peers
-
   gap = 0.0
   for key in list(mine)[:: max(1, len(mine) // 4)]:
     c, played = conversations[key], mine[key]
-    want = bench_peers.logp(b.model, encode.example(c.trajectory, c.pixels))
+    want = b.theirs("logp", encode.example(c.trajectory, c.pixels))
     own = np.array(played.sampled)
     gap = max(gap, float(np.abs(np.array(played.logp) - want)[own].max()))
   allowed = 1e-3 if b.config.dtype == "float32" else 0.5

@@ -42,7 +42,7 @@ def vision(config: ModelConfig, params: Params, pictures: Sequence) -> Callable:
   """Features f32[pictures M D] of pictures of one grid, in raster order."""
   T = pictures[0].num_merged
   empty = np.zeros(T, np.int32), np.zeros((T, 3), np.int32), np.zeros(T), np.zeros(T)
-  batch = _full([encode.Example(*empty, [(0, p)]) for p in pictures])
+  batch = full([encode.Example(*empty, [(0, p)]) for p in pictures])
   program = jax.jit(functools.partial(qwen2_5_vl.encode_vision, config))
   order = pictures[0].merged_row
   return lambda: np.asarray(program(params, batch), np.float32)[:, order]
@@ -50,7 +50,7 @@ def vision(config: ModelConfig, params: Params, pictures: Sequence) -> Callable:
 
 def prefill(config: ModelConfig, params: Params, rows: Sequence) -> Callable:
   """Logits f32[B V] after the last token of each row, its cache filled."""
-  batch = _full(rows)
+  batch = full(rows)
   B, T = batch.tokens.shape
   count = jnp.full((B,), T, jnp.int32)
 
@@ -180,12 +180,8 @@ def packed(examples: Sequence, row: tuple[int, int, int]) -> list[Batch]:
   return [_on_device(pack.collate(g, T, P, num_rows=B)) for g in groups]
 
 
-def same_rows(rows: Sequence) -> list[Batch]:
-  """One example a row, no padding."""
-  return [_full(rows)]
-
-
-def _full(rows: Sequence) -> Batch:
+def full(rows: Sequence) -> Batch:
+  """One example a row, all of one length: no padding."""
   patches = max(sum(pack.distinct(e).values()) for e in rows)
   T, P = len(rows[0].tokens), max(_up(patches, pack.PATCH_BLOCK), pack.PATCH_BLOCK)
   return _on_device(pack.collate([[e] for e in rows], T, P, num_rows=len(rows)))

@@ -103,6 +103,13 @@ def padded(model: Model, examples: Sequence) -> dict[str, torch.Tensor]:
   )  # fmt: skip
 
 
+def full(model: Model, rows: Sequence) -> dict[str, torch.Tensor]:
+  """Rows of one length, with no mask: SDPA may take its causal kernel."""
+  batch = padded(model, rows)
+  del batch["attention_mask"]
+  return batch
+
+
 def packed(
   model: Model, examples: Sequence, row: tuple[int, int, int]
 ) -> list[dict[str, torch.Tensor]]:
@@ -145,8 +152,8 @@ def vision(model: Model, pictures: Sequence) -> Callable:
 
 def prefill(model: Model, rows: Sequence) -> Callable:
   """Logits f32[B V] after the last token of each row, its cache filled."""
-  inputs = padded(model, rows)
-  del inputs["labels"], inputs["attention_mask"]  # full rows: the causal kernel
+  inputs = full(model, rows)
+  del inputs["labels"]
 
   def run():
     with torch.inference_mode():
@@ -164,7 +171,8 @@ def generate(model: Model, context: np.ndarray, tokens: int) -> Callable:
     cache = model(input_ids=ids[:, :-1], use_cache=True).past_key_values
 
   def run():
-    cache.crop(ids.shape[1] - 1)  # what an earlier run appended
+    if (extra := cache.get_seq_length() - (ids.shape[1] - 1)) > 0:
+      cache.crop(-extra)  # what an earlier run appended
     model.model.rope_deltas = None
     out = model.generate(
       input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache,
@@ -222,8 +230,7 @@ def train_policy(model: Model, examples: Sequence, batch: int) -> Callable:
   only; the loss is "dapo" with an epsilon of 0.2 and 0.28, ratio 1 (one update).
   """
   steps = [
-    _completions(model, examples[i : i + batch])
-    for i in range(0, len(examples), batch)
+    _completions(model, examples[i : i + batch]) for i in range(0, len(examples), batch)
   ]
   tokens = data.learned(examples)
   held: dict[str, Any] = {}
@@ -280,7 +287,7 @@ def _completions(model: Model, examples: Sequence):
 # ---- Host and rollout ----------------------------------------------------------------
 
 
-def preprocess(codec: encode.Codec, photos: Sequence) -> Callable:
+def preprocess(_: Model, codec: encode.Codec, photos: Sequence) -> Callable:
   """HF's PIL image processor with the codec's budget, one picture after the other."""
   fewest, most = codec.budgets["image"]
   processor = transformers.Qwen2VLImageProcessorPil(
@@ -337,7 +344,10 @@ def rollout(
         active, turn = waiting[i : i + batch], 0
         while active:
           said = _generate(
-            model, words, [e for *_, e in active], [turns[t, s][turn] for t, s, _ in active]
+            model,
+            words,
+            [e for *_, e in active],
+            [turns[t, s][turn] for t, s, _ in active],
           )
           calling = []
           for (task, sample, episode), ids in zip(active, said):
@@ -371,14 +381,16 @@ def _generate(model, words, episodes: Sequence[Episode], forced) -> list[list[in
       top_k=0, top_p=1.0, eos_token_id=words.im_end, pad_token_id=words.endoftext,
       logits_processor=LogitsProcessorList([_Forced(forced, T, words.im_end)]),
     )[:, T:].tolist()  # fmt: skip
-  ends = [row.index(words.im_end) + 1 if words.im_end in row else len(row) for row in out]
+  ends = [
+    row.index(words.im_end) + 1 if words.im_end in row else len(row) for row in out
+  ]
   return [row[:end] for row, end in zip(out, ends)]
 
 
 def logp(model: Model, example: encode.Example) -> np.ndarray:
   """Log-prob f32[n] of each token given those before it, all known; 0 at the first."""
-  inputs = padded(model, [example])
-  del inputs["labels"], inputs["attention_mask"]
+  inputs = full(model, [example])
+  del inputs["labels"]
   with torch.inference_mode():
     logits = model.eval()(**inputs, use_cache=False).logits[0].float()
   chosen = logits[:-1].log_softmax(-1).gather(-1, inputs["input_ids"][0, 1:, None])
