@@ -72,6 +72,7 @@ def get_config(arg="tiny"):
     clip_norm=1.0,
     freeze=("^vision/",),  # tower and merger, as in the paper
   )
+  c.micro_batches = 1  # of a step, one after the other; more take less memory
   c.eval = dict(batches=2, uri="jsonl:val.jsonl")
   if tiny:
     c.data.update(

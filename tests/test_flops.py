@@ -39,14 +39,21 @@ def batch(B, T, P):
   )  # fmt: skip
 
 
+def logits(config):
+  def f(params, batch):
+    hidden = qwen2_5_vl.forward(config, params, batch)
+    return qwen2_5_vl.logits(config, params, hidden).sum()
+
+  return f
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_forward_equals_the_matmuls_that_are_traced(tied):
   config = config_lib.tiny(99)
   config = dataclasses.replace(config, text=dataclasses.replace(config.text, tied=tied))
   B, T, P = 2, 48, 64  # one span of queries and one window: nothing is skipped
-  jaxpr = jax.make_jaxpr(lambda p, b: qwen2_5_vl.token_logp(config, p, b))(
-    qwen2_5_vl.abstract(config), batch(B, T, P)
-  )
+  params = qwen2_5_vl.abstract(config)
+  jaxpr = jax.make_jaxpr(logits(config))(params, batch(B, T, P))
   ours = B * T * (flops.text_per_token(config, T) + flops.head_per_token(config))
   assert config.vision.window_patches == P
   assert count(jaxpr.jaxpr) == ours + B * P * flops.vision_per_patch(config, P)
@@ -56,13 +63,14 @@ def test_forward_equals_the_matmuls_that_are_traced(tied):
 def test_a_step_equals_the_matmuls_that_are_traced(remat):
   config = config_lib.tiny(99, remat=remat)
   B, T, P = 2, 48, 64
-  gradient = jax.grad(lambda p, b: qwen2_5_vl.token_logp(config, p, b)[0].sum())
-  jaxpr = jax.make_jaxpr(gradient)(qwen2_5_vl.abstract(config), batch(B, T, P))
+  params = qwen2_5_vl.abstract(config)
+  jaxpr = jax.make_jaxpr(jax.grad(logits(config)))(params, batch(B, T, P))
   ours = flops.train_step(
     config, text_tokens=B * T, context=T, patches=B * P, patches_per_image=P,
     scored=B * T,
   )  # fmt: skip
-  assert count(jaxpr.jaxpr) == ours.executed
+  again = B * T * flops.head_per_token(config)  # of logp.py, which is not called here
+  assert count(jaxpr.jaxpr) + again == ours.executed
 
 
 @pytest.mark.parametrize("context, gf", [(4096, 14.96), (8192, 15.79), (32_768, 20.72)])
@@ -89,10 +97,37 @@ def test_a_trained_step_is_three_forward_passes():
   vision = 4096 * flops.vision_per_patch(SEVEN, 1024)
   assert one.text == pytest.approx(3 * text)
   assert one.vision == pytest.approx(3 * vision, rel=2e-3)  # less: pixels are given
-  assert one.total == one.executed == one.text + one.vision  # no remat, one chunk
+  assert one.total == one.text + one.vision
+  assert one.executed == one.total + 1000 * flops.head_per_token(SEVEN)  # no remat
   assert step(frozen_vision=True).vision == pytest.approx(vision)
   assert step(frozen_text=True).text == pytest.approx(2 * text)
   assert step(patches=0).vision == 0
+
+
+def test_work_counts_what_a_batch_asks_for():
+  segment = jnp.array([[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]])
+  image = jnp.array([[1, 1, 1, 1, 2, 2, 0, 0], [0] * 8])
+  index = jnp.array([[-1, 0, -1, 1, -1, -1], [-1] * 6])
+  given = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch(2, 6, 8)).replace(
+    segment=segment, patch_image=image, vision_index=index,
+    weight=jnp.array([[0, 1, 0.5, 0, 0, 0], [0] * 6]),
+  )  # fmt: skip
+  got = jax.tree.map(float, flops.work(given))
+  assert got == {
+    "tokens": 11, "image_tokens": 2, "scored": 2, "keys": 6 + 3 + 21, "patches": 6,
+    "patch_keys": 16 + 4,
+  }  # fmt: skip
+  cached = flops.work(given.replace(features=jnp.zeros((2, 2, 4))))
+  assert cached["patches"] == cached["patch_keys"] == 0
+  config = config_lib.tiny(99)
+  paths = ["text/blocks/q/w", "vision/patch/w"]
+  sizes = dict(text_tokens=11, context=30 / 11, patches_per_image=20 / 6, scored=2)
+  ours = flops.train_step(config, patches=6, **sizes)
+  assert flops.of_work(config, got, paths) == ours
+  frozen = flops.train_step(config, patches=6, frozen_vision=True, **sizes)
+  assert flops.of_work(config, got, paths[:1]) == frozen
+  adapters = flops.of_work(config, got, ["text/blocks/q/lora_a"])
+  assert adapters.text == pytest.approx(ours.text * 2 / 3)
 
 
 def test_remat_costs_what_it_recomputes():
@@ -101,8 +136,6 @@ def test_remat_costs_what_it_recomputes():
 
   none = at("none")
   assert none < at("dots") < at("qkvo") < at("full") < none * 4 / 3
-  chunked = dataclasses.replace(SEVEN, logp_chunk=512)
-  assert step(chunked).executed == none + 1000 * flops.head_per_token(SEVEN)
   # The tower is not recomputed where nothing flows back through it.
   more = [at(r, frozen_vision=True) - at(r, frozen_vision=True, patches=0)
           for r in ("none", "full")]  # fmt: skip

@@ -443,6 +443,26 @@ def test_logp_is_log_softmax_whatever_the_chunk(chunk):
   jax.tree.map(lambda a, b: close(a, b, 1e-4), grads, jax.jit(jax.grad(slow))(params))
 
 
+def test_where_leaves_out_what_is_not_wanted():
+  config, params = ONE, noisy(ONE)
+  batch = pack([[example(config, 0, [9, IMAGE, 20]), example(config, 1, [11])]], 64, 24)
+  where = jnp.asarray(np.random.default_rng(0).random((1, 64)) < 0.4)
+
+  def loss(params, where):
+    out = model.token_logp(config, params, batch, 0.9, where)
+    kept = [jnp.where(mine, x, 0) for x in out]
+    return (kept[0] - 0.1 * kept[1]).sum(), out
+
+  mine = where
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  grads, got = grad(params, where)
+  want_grads, want = grad(params, None)
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, jnp.where(where, b, 0), atol=1e-6)
+    assert 5 < np.count_nonzero(a) < np.count_nonzero(b)
+  jax.tree.map(lambda a, b: close(a, b, 1e-5), grads, want_grads)
+
+
 def test_logits_of_all_tokens_never_exist():
   """With chunks, the step needs less memory than f32[B T V] alone."""
   text = dataclasses.replace(ONE.text, vocab=50_000)

@@ -1,15 +1,21 @@
 """FLOPs of the model by formula: what MFU is measured against.
 
-Pure functions of a `ModelConfig` and of sizes; nothing is traced or compiled, because
-XLA's own count misses kernels and counts the body of a loop once.  Counted are matmuls
-(2 a weight) and attention, which is 4 a query, key and channel; not counted are norms,
-rotary, softmax and the embedding, a gather.  The 7B by these formulas, N patches an
-image: 14.14 GF + 0.2007 MF * T a causal token with its head, 1.294 GF + 20.5 kF * N a
-patch (performance.md 2.1).
+Pure functions of a `ModelConfig` and of sizes, which `work` counts in a batch; nothing
+is compiled to be counted: XLA misses kernels and counts the body of a loop once.
+Counted are matmuls (2 a weight) and attention, which is 4 a query, key and channel; not
+counted are norms, rotary, softmax and the embedding, a gather.  The 7B by these
+formulas, N patches an image: 14.14 GF + 0.2007 MF * T a causal token with its head,
+1.294 GF + 20.5 kF * N a patch (performance.md 2.1).
 """
 
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from pixel_jax.batch import Batch
 from pixel_jax.model.config import ModelConfig
 
 Number = int | float
@@ -29,6 +35,9 @@ class Step(NamedTuple):
   @property
   def total(self) -> Number:
     return self.text + self.vision
+
+  def parts(self) -> dict[str, Number]:
+    return {"text": self.text, "vision": self.vision}
 
 
 def text_per_token(config: ModelConfig, context: Number) -> Number:
@@ -86,7 +95,7 @@ def train_step(
   blocks = text_tokens * text_per_token(config, context)
   head = scored * head_per_token(config)
   vision = patches * vision_per_patch(config, patches_per_image)
-  again = head if scored > config.logp_chunk else 0.0
+  again = head  # logits are never kept (logp.py)
   lost = RECOMPUTED[config.remat]
   part = _text_block(config, context)
   again += text_tokens * config.text.depth * sum(part[k] for k in lost)
@@ -98,6 +107,56 @@ def train_step(
     pixels = patches * 2 * config.vision.width * config.vision.patch_dim
     vision = 3 * vision - pixels
   return Step(text, vision, text + vision + again)
+
+
+def work(batch: Batch) -> dict[str, jax.Array]:
+  """What a batch asks for, in f32: sums over its rows, so parts of a step add up.
+
+  tokens, image_tokens, scored: tokens without padding, those that show a picture, those
+    with a weight.
+  keys: seen by all tokens together; patches, patch_keys: likewise of full attention.
+  """
+  patches = patch_keys = jnp.float32(0)
+  if batch.features is None:
+    patches = _count(batch.patch_image > 0)
+    rank = jnp.where(batch.patch_image > 0, _ranks(batch.patch_image), 0)
+    patch_keys = 2 * rank.sum(dtype=jnp.float32) - patches  # n^2 = 2 (1 + .. + n) - n
+  rank = jnp.where(batch.segment > 0, _ranks(batch.segment), 0)
+  return {
+    "tokens": _count(batch.segment > 0),
+    "image_tokens": _count(batch.vision_index >= 0),
+    "scored": _count(batch.weight > 0),
+    "keys": rank.sum(dtype=jnp.float32),
+    "patches": patches,
+    "patch_keys": patch_keys,
+  }
+
+
+def of_work(
+  config: ModelConfig, work: Mapping[str, Number], trained: Collection[str]
+) -> Step:
+  """`train_step` of what `work` counted, where the paths `trained` have a gradient."""
+  return train_step(
+    config,
+    text_tokens=work["tokens"],
+    context=work["keys"] / max(work["tokens"], 1),
+    patches=work["patches"],
+    patches_per_image=work["patch_keys"] / max(work["patches"], 1),
+    scored=work["scored"],
+    frozen_vision=not any(p.startswith("vision/") for p in trained),
+    frozen_text=not any(p.startswith("text/") and p.endswith("/w") for p in trained),
+  )
+
+
+def _ranks(ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
+  """1, 2, .. n within each run of n equal ids."""
+  at = jnp.broadcast_to(jnp.arange(ids.shape[1]), ids.shape)
+  starts = jnp.pad(ids[:, 1:] != ids[:, :-1], [(0, 0), (1, 0)], constant_values=True)
+  return at + 1 - jax.lax.cummax(jnp.where(starts, at, 0), axis=1)
+
+
+def _count(mask: jax.Array) -> jax.Array:
+  return mask.sum(dtype=jnp.float32)
 
 
 # Parts of a block that the backward pass computes again; never "down", whose result

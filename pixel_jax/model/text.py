@@ -132,11 +132,14 @@ class Text(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """f32 logits of normed hidden states."""
-    if self.head is None:
-      w, equation = self.embed.w[...], "BTD,VD->BTV"
-    else:
-      w, equation = self.head.w[...], self.head.equation
+    w, equation = self.output()
     return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+  def output(self) -> tuple[Float[Array, "..."], str]:
+    """The weight that gives logits and its equation; a tied model's is its embedding."""
+    if self.head is None:
+      return self.embed.w[...], "BTD,VD->BTV"
+    return self.head.w[...], self.head.equation
 
 
 def _write(
