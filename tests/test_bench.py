@@ -166,7 +166,9 @@ def test_sides_take_turns_and_the_ratio_is_theirs_over_ours(monkeypatch):
     "x", "tokens", 12, side("ours", 2.0), {"peer": side("peer", 6.0)}, flops=40.0,
     target={"peer": 1.5}, check=bench_cases.close("x", 1e-3),
   )  # fmt: skip
-  (row,) = bench.measure(case, 3, {"flops": 40.0, "bandwidth": 1.0})
+  limits = {"flops": 40.0, "bandwidth": 1.0, "matmul_jax": 40.0, "matmul_torch": 20.0}
+  (row,) = bench.measure(case, 3, limits)
+  assert row["ratio_equal_matmul"] == 1.5
   assert calls == ["ours", "peer", "ours", "peer", "peer", "ours", "ours", "peer"]
   assert row["ratio"] == 3.0 and row["target"] == 1.5
   assert row["ours"]["per_s"] == 6.0 and row["ours"]["share"] == 0.5

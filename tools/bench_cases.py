@@ -274,7 +274,7 @@ def _rollout(b: Bench, equal: bool) -> Case:
   # All at once, as on a GPU, and in small batches, where a CPU wastes less on padding.
   peers = {
     f"HF generate, {n} at a time": b.theirs("rollout", b.codec, b.size, turns, n)
-    for n in sorted({count, max(1, count // 4), max(1, count // 8)})
+    for n in sorted({count, max(1, count // 4)})
     if b.model is not None
   }
   said = {k: c.trajectory.ids for k, c in conversations.items()}
@@ -292,7 +292,7 @@ def _rollout(b: Bench, equal: bool) -> Case:
   shape = "one turn of equal length" if equal else "1-6 turns, log-normal"
   return Case(
     f"rollout {count}, {shape}", "sampled tokens", sampled, mine, peers,
-    target={name: 1.5 if equal else 5.0 for name in peers}, check=check, repeats=3,
+    target={name: 1.5 if equal else 5.0 for name in peers}, check=check, repeats=2,
   )  # fmt: skip
 
 

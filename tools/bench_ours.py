@@ -30,11 +30,6 @@ OPTIMIZER = dict(lr=1e-12, total_steps=1000, schedule="constant", b2=0.95)
 FROZEN = ("^vision/",)
 
 
-def _token_logp(config, params, batch):
-  """The one place that says which log-probs a step computes: those with a loss."""
-  return qwen2_5_vl.token_logp(config, params, batch)
-
-
 # ---- Model ---------------------------------------------------------------------------
 
 
@@ -123,34 +118,53 @@ def train(
   Args:
     policy: GRPO's clipped loss; else cross-entropy.  All batches make one update then.
   """
+  # Copied, because an update donates; committed, or the second one compiles again.
+  params = jax.tree.map(jnp.copy, params)
+  trained = optim.split(params, freeze)[0]
   tx, _ = optim.make(params, freeze=freeze, **OPTIMIZER)
-  state = {"params": jax.tree.map(jnp.copy, params), "opt": optim.init(tx, params)}
+  state = {"params": params, "opt": optim.init(tx, trained)}
   layout = jax.tree.map(lambda x: x.sharding, state)
-  tokens = np.float32(sum(float(b.weight.sum()) for b in batches))
+  lie = optim.split(layout["params"], freeze)[0]
+  all_tokens = float(sum(float(b.weight.sum()) for b in batches))
 
-  def loss_fn(params, batch, tokens):
-    logp, entropy = _token_logp(config, optim.trained(params, freeze), batch)
+  def loss_fn(trained, frozen, batch, tokens):
+    params, mine = optim.merge(trained, frozen), batch.weight > 0
+    logp, entropy = qwen2_5_vl.token_logp(config, params, batch, where=mine)
     if policy:
       old = jax.lax.stop_gradient(logp)
       loss = grpo.loss(logp, old, batch.advantage, batch.weight, normalizer=tokens)[0]
-      return loss, (entropy * (batch.weight > 0)).sum() / tokens
-    count = jnp.maximum(batch.weight.sum(), 1.0)
+      return loss, entropy.sum() / tokens
     total = -(logp * batch.weight).sum()
-    return total / count, total
+    return total / tokens, total
 
-  def apply(state, grads):
-    params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
-    return {"params": params, "opt": opt}, norm
+  def gradient(params, batch, tokens):
+    return jax.grad(loss_fn, has_aux=True)(*optim.split(params, freeze), batch, tokens)
 
+  def apply_(state, grads):
+    trained, frozen = optim.split(state["params"], freeze)
+    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
+    return {"params": optim.merge(trained, frozen), "opt": opt}, norm
+
+  # As in train_sft.py: the whole step is one program.
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))
   def update(state, batch):
-    grads, total = jax.grad(loss_fn, has_aux=True)(state["params"], batch, tokens)
-    state, norm = apply(state, grads)
+    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+    grads, total = gradient(state["params"], batch, tokens)
+    state, norm = apply_(state, grads)
     return state, total, norm
 
-  gradient = jax.jit(jax.grad(loss_fn, has_aux=True))
-  add = jax.jit(lambda a, b: jax.tree.map(jnp.add, a, b), donate_argnums=0)
-  apply_ = jax.jit(apply, donate_argnums=0, out_shardings=(layout, None))
+  # As in train_rl.py: as many micro-batches as the rollouts fill, then one step.
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(lie, None))
+  def accumulate(total, params, batch):
+    grads, told = gradient(params, batch, all_tokens)
+    return jax.tree.map(jnp.add, total, grads), told
+
+  apply = jax.jit(apply_, donate_argnums=0, out_shardings=(layout, None))
+  shapes = jax.eval_shape(lambda x: x, trained)
+  zeros = jax.jit(
+    lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    out_shardings=lie,
+  )
   held = {"state": state}
 
   def step_each():
@@ -161,12 +175,11 @@ def train(
     return np.array([float(sum(jax.device_get(totals))), float(norm)])
 
   def step_once():
-    grads, totals = None, []
+    grads, totals = zeros(), []
     for batch in batches:
-      new, total = gradient(held["state"]["params"], batch, tokens)
-      grads = new if grads is None else add(grads, new)
+      grads, total = accumulate(grads, held["state"]["params"], batch)
       totals.append(total)
-    held["state"], norm = apply_(held["state"], grads)
+    held["state"], norm = apply(held["state"], grads)
     return np.array([float(sum(jax.device_get(totals))), float(norm)])
 
   return step_once if policy else step_each
