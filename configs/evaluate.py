@@ -21,8 +21,9 @@ def get_config(arg="tiny"):
   c.codec = common.codec(arg.size)
   c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
   c.engine = dict(
-    slots=64, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
-  )
+    slots=64, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=16,
+    lag=1, views=(2048, 4096, 8192),
+  )  # fmt: skip
   c.rollout = dict(
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
   )
@@ -30,8 +31,9 @@ def get_config(arg="tiny"):
     c.modes = ("free", "forbidden", "forced", "swapped")
     c.data.update(uri="world:test", tasks=1024)
     c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
-    )
+      slots=96, max_len=112, prompt_len=32, extend_len=16, extend_rows=64, patches=512,
+      chunk=16, lag=0, views=(64,),
+    )  # fmt: skip
     c.rollout.update(max_turns=3, max_new_tokens=16)
   if arg.size == "tiny" and arg.full:
     c.data.update(uri="world:full_test")

@@ -27,7 +27,16 @@ def get_config(arg="tiny"):
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = dict(  # rollout.Engine
-    slots=128, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
+    slots=128,
+    max_len=16384,
+    prompt_len=4096,
+    extend_len=2048,
+    patches=16384,
+    # The host and the operations work beside the device and hear of an end one chunk
+    # late; with chunks half as long that costs 3 % more steps (docs/performance.md).
+    chunk=16,
+    lag=1,
+    views=(2048, 4096, 8192),
   )
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
@@ -67,8 +76,9 @@ def get_config(arg="tiny"):
     c.data.update(uri="world:train", shards=4)
     c.eval.update(uri="world:val", tasks=256)
     c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
-    )
+      slots=96, max_len=112, prompt_len=32, extend_len=16, extend_rows=64, patches=512,
+      chunk=16, lag=0, views=(64,),
+    )  # fmt: skip
     c.rollout.update(max_turns=3, max_new_tokens=16)
     c.rl.update(
       prompts_per_step=24,
