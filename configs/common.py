@@ -65,6 +65,36 @@ def codec(size):
   return dict(profile="clean", budgets=budgets, video_frames=16, crop_source="original")
 
 
+def engine(size):
+  """Keyword arguments of `rollout.engine.Engine`."""
+  if size == "tiny":  # half the rollouts of a step at a time; operations take no time
+    return dict(
+      slots=96,
+      max_len=112,
+      prompt_len=32,
+      extend_len=16,
+      extend_rows=64,
+      patches=512,
+      chunk=16,
+      lag=0,
+      views=(64,),
+      zoom="host",
+    )
+  return dict(
+    slots=128,
+    max_len=16384,
+    prompt_len=4096,
+    extend_len=2048,
+    patches=16384,
+    # The host and the operations work beside the device and hear of an end one chunk
+    # late; with chunks half as long that costs 3 % more steps (docs/performance.md).
+    chunk=16,
+    lag=1,
+    views=(2048, 4096, 8192),
+    zoom="host",  # "device": crops are resized there, byte for byte the same
+  )
+
+
 def mesh(size):
   """Keyword arguments of `parallel.make_mesh`; -1 takes the devices that are left."""
   if size == "tiny":

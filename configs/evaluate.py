@@ -20,24 +20,13 @@ def get_config(arg="tiny"):
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
   c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
-  c.engine = dict(
-    slots=64,
-    max_len=16384,
-    prompt_len=4096,
-    extend_len=2048,
-    patches=16384,
-    chunk=32,
-    zoom="host",  # "device": crops are resized there, byte for byte the same
-  )
+  c.engine = common.engine(arg.size)
   c.rollout = dict(
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
   )
   if arg.size == "tiny":
     c.modes = ("free", "forbidden", "forced", "swapped")
     c.data.update(uri="world:test", tasks=1024)
-    c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
-    )
     c.rollout.update(max_turns=3, max_new_tokens=16)
   if arg.size == "tiny" and arg.full:
     c.data.update(uri="world:full_test")

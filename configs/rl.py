@@ -26,15 +26,7 @@ def get_config(arg="tiny"):
   c.mesh = common.mesh(arg.size)
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
-  c.engine = dict(  # rollout.Engine
-    slots=128,
-    max_len=16384,
-    prompt_len=4096,
-    extend_len=2048,
-    patches=16384,
-    chunk=32,
-    zoom="host",  # "device": crops are resized there, byte for byte the same
-  )
+  c.engine = common.engine(arg.size)
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
   )
@@ -72,9 +64,6 @@ def get_config(arg="tiny"):
     c.keep_trajectories_every = 25
     c.data.update(uri="world:train", shards=4)
     c.eval.update(uri="world:val", tasks=256)
-    c.engine.update(
-      slots=192, max_len=112, prompt_len=32, extend_len=16, patches=1024, chunk=16
-    )
     c.rollout.update(max_turns=3, max_new_tokens=16)
     c.rl.update(
       prompts_per_step=24,

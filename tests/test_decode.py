@@ -45,6 +45,25 @@ def test_frequencies_follow_the_softmax_at_the_temperature():
   np.testing.assert_allclose(np.exp(logp), p[np.asarray(token)], rtol=1e-5)
 
 
+@pytest.mark.parametrize("V", [3, 128, 300])
+def test_every_token_is_drawn_at_its_rate(V):
+  """Over several blocks of the vocabulary; what cannot be said never is."""
+  rng = np.random.default_rng(V)
+  p = rng.exponential(size=V) ** 2
+  p[rng.permutation(V)[: V // 3]] = 0
+  p /= p.sum()
+  n = 100_000
+  logits = jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (n, 1))
+  token, logp = jax.jit(decode.sample, static_argnums=2)(logits, keys(n), Sampling())
+  got = np.bincount(token, minlength=V)
+  assert (got[p == 0] == 0).all()
+  np.testing.assert_allclose(np.exp(logp), p[np.asarray(token)], rtol=1e-5)
+  seen = p > 0
+  chi2 = ((got - n * p)[seen] ** 2 / (n * p)[seen]).sum()
+  free = seen.sum() - 1
+  assert chi2 < free + 5 * (2 * free) ** 0.5
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**31), st.integers(0, 12), st.floats(0.01, 1), st.floats(0.3, 3))
 def test_truncation_keeps_the_likeliest_and_reports_the_full_logp(
@@ -88,7 +107,7 @@ def test_sampling_is_checked(bad):
 # ---- Decoding ------------------------------------------------------------------------
 
 
-def slots(ids, budget, forced=None, start=0):
+def slots(ids, budget, start=0):
   """Where slots stand after prompts of `ids` i32[B n], fed but for the last."""
   n = ids.shape[1]
   return decode.Slots(
@@ -97,7 +116,6 @@ def slots(ids, budget, forced=None, start=0):
     position=np.full(B, n - 1, np.int32),
     budget=np.asarray(budget, np.int32),
     key=keys(B, start),
-    forced=np.full((B, 12), -1, np.int32) if forced is None else forced,
   )
 
 
@@ -121,24 +139,32 @@ def prefill(model, ids, pieces):
       position=position,
       feature=np.full((B, T), -1, np.int32),
     )
-    cache = jax.jit(decode.extend, static_argnums=0)(config, params, cache, turns, bank)
+    extend = jax.jit(decode.extend, static_argnames=("config", "view"))
+    cache = extend(config, params, cache, turns, bank, view=S)
     at += n
   assert at == ids.shape[1] - 1
   return cache
 
 
-def play(model, cache, standing, chunk=6, sampling=Sampling(), banned=()):  # noqa: B008
+DECODE = jax.jit(
+  decode.decode, static_argnames=("config", "sampling", "stops", "view", "lanes")
+)
+
+
+def send(model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, **kwargs):
+  """(cache, slots, tokens, log-probs, count)"""
   config, params = model
   mask = np.zeros(V, bool)
   mask[list(banned)] = True
-  f = jax.jit(
-    decode.decode,
-    static_argnames=("config", "sampling", "chunk", "stops", "view"),
-  )
-  cache, *out = f(
-    config, params, cache, standing, mask, sampling=sampling, chunk=chunk,
-    stops=(END,), view=S,
-  )  # fmt: skip
+  forced = np.full((B, chunk), -1, np.int32) if forced is None else forced
+  kwargs = dict(sampling=Sampling(), stops=(END,), view=S, lanes=lanes) | kwargs
+  banned = mask if banned else None
+  return DECODE(config, params, cache, standing, forced, banned, **kwargs)
+
+
+def play(*args, **kwargs):
+  """(cache, tokens, log-probs, count)"""
+  cache, _, *out = send(*args, **kwargs)
   return cache, *(np.asarray(x) for x in out)
 
 
@@ -202,13 +228,49 @@ def test_two_chunks_equal_one(model, ids):
     np.testing.assert_array_equal(one[i], np.concatenate([first[i], second[i]], axis=1))
 
 
+def test_a_chunk_follows_without_the_host(model, ids):
+  """Where slots stand after a chunk is known on the device: stops, budgets, all."""
+  cache, budget = prefill(model, ids, (8,)), [0, 1, 4, 5, 6, 9, 12, 12]
+  one = play(model, cache, slots(ids, budget), chunk=12)
+  cache, standing, *first = send(model, cache, slots(ids, budget), chunk=5)
+  cache, standing, *second = send(model, cache, standing, chunk=7)
+  tokens = np.concatenate([first[0], second[0]], axis=1)
+  np.testing.assert_array_equal(one[1], tokens)
+  np.testing.assert_array_equal(one[3], np.asarray(first[2]) + second[2])
+  np.testing.assert_array_equal(standing.length, 8 + one[3])
+  assert not np.asarray(standing.budget).any() and END in tokens
+
+
+def test_lanes_above_rest(model, ids):
+  cache = prefill(model, ids, (8,))
+  whole = send(model, cache, slots(ids, [4] * B))
+  some = send(model, cache, slots(ids, [4] * B), lanes=B // 2)
+  assert some[2].shape == (B // 2, 6)
+  np.testing.assert_array_equal(some[2], whole[2][: B // 2])
+  np.testing.assert_allclose(some[3], whole[3][: B // 2], rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(some[0].k[:, B // 2 :], cache.k[:, B // 2 :])
+  assert (np.asarray(some[1].budget)[B // 2 :] == 4).all()
+
+
+def test_place_moves_and_begins(ids):
+  old = slots(ids, range(B))
+  source = np.arange(B)
+  source[1] = 6
+  new = np.arange(B) == 2
+  out = decode.place(
+    jax.tree.map(jnp.asarray, old), source, new, slots(ids, [9] * B, 50)
+  )
+  np.testing.assert_array_equal(out.budget, [0, 6, 9, 3, 4, 5, 6, 7])
+  np.testing.assert_array_equal(out.key[:, 0], [0, 6, 52, 3, 4, 5, 6, 7])
+
+
 def test_forced_tokens_are_said_with_the_models_logp(model, ids):
   cache = prefill(model, ids, (8,))
   rng = np.random.default_rng(4)
   forced = np.where(rng.random((B, 6)) < 0.6, rng.integers(4, V, (B, 6)), -1)
   forced[0], forced[1] = -1, [9, END, 9, 9, 9, 9]
   _, tokens, logp, count = play(
-    model, cache, slots(ids, [6] * B, forced), sampling=Sampling(temperature=0.7)
+    model, cache, slots(ids, [6] * B), forced=forced, sampling=Sampling(0.7)
   )
   said = np.arange(6) < count[:, None]
   assert (tokens == forced)[said & (forced >= 0)].all() and count[1] == 2
@@ -254,9 +316,11 @@ def test_fork_copies_in_the_given_order_and_no_more():
   k, v = rng.normal(size=(2, 2, B, 1, 6, 3)).astype(np.float32)
   cache = Cache(k=jnp.asarray(k), v=jnp.asarray(v), length=jnp.zeros(B, jnp.int32))
   source, target = np.array([1, 1, 4, 0]), np.array([2, 0, 5, 7])
-  out = jax.jit(decode.fork, static_argnames="size")(cache, source, target, 3, size=4)
+  length = np.array([1, 4, 5, 6])
+  fork = jax.jit(decode.fork, static_argnames="size")
+  out = fork(cache, source, target, length, 3, size=4)
   for got, x in ((out.k, k), (out.v, v)):
     expected = x.copy()
-    for s, t in zip(source[:3], target[:3]):
-      expected[:, t, :, :4] = x[:, s, :, :4]
+    for s, t, n in zip(source[:3], target[:3], (4, 4, 6)):  # whole pieces
+      expected[:, t, :, :n] = x[:, s, :, :n]
     np.testing.assert_array_equal(got, expected)

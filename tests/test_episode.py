@@ -14,7 +14,7 @@ def codec(tmp_path_factory):
 
 
 def begin(codec, question=None, **limits):
-  limits = dict(max_len=400, max_turns=3, max_new_tokens=100) | limits
+  limits = dict(max_len=400, max_patches=64, max_turns=3, max_new_tokens=100) | limits
   conversation = Conversation(codec, question or task(0), load_media)
   return Episode(conversation, **limits)
 

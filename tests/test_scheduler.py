@@ -12,7 +12,7 @@ def play(slots, groups, group_size, delay, turns):
   plan = Scheduler(slots=slots, groups=groups, group_size=group_size, delay=delay)
   prompt = [None] * slots  # group whose prompt lies in the slot
   playing, left, log = {}, {}, []
-  prefills = []
+  prefills, last = [], group_size - 1
   while not plan.done:
     assert plan.chunk < 10_000, "the scheduler never ends"
     begun, new = plan.refill()
@@ -33,6 +33,13 @@ def play(slots, groups, group_size, delay, turns):
     for slot in plan.collect():
       assert slot not in plan.decoding
       plan.resume(slot)
+    waiting = plan.waiting
+    lanes, moves = plan.drain([n for n in (2, 4) if n < slots] + [slots])
+    for source, target in moves:
+      assert source >= lanes > target and target not in playing
+      playing[target], left[target] = playing.pop(source), left.pop(source)
+    assert lanes == slots or (lanes > max(playing) and log[-1] == (groups - 1, last))
+    assert playing.keys() >= plan.decoding and plan.waiting == waiting
     for slot in sorted(plan.decoding):
       left[slot][0] -= 1
       if left[slot][0] == 0:
@@ -81,6 +88,30 @@ def test_operations_return_in_the_order_and_chunk_they_were_submitted_for():
   plan.tick()
   assert plan.collect() == [1]
   assert plan.decoding == {3} and not plan.done
+
+
+def test_drain_moves_those_who_play_into_the_lowest_slots():
+  plan = Scheduler(slots=8, groups=8, group_size=1)
+  assert plan.drain([2, 4, 8]) == (8, [])  # samples wait
+  plan.refill()
+  assert plan.drain([2, 4, 8]) == (8, [])
+  for slot in (0, 2, 4, 5):
+    plan.release(slot)
+  plan.submit(7)
+  assert plan.drain([2, 4, 8]) == (4, [(6, 0), (7, 2)])
+  assert plan.decoding == {0, 1, 3} and plan.waiting == 1
+  plan.tick()
+  assert plan.collect() == [2]
+
+
+def test_steady_from_the_first_refill_until_nobody_waits():
+  plan = Scheduler(slots=2, groups=4, group_size=1)
+  seen = []
+  for _ in range(4):
+    plan.refill()
+    seen.append(plan.steady)
+    plan.release(min(plan.decoding))
+  assert seen == [False, True, False, False]
 
 
 def test_sizes_are_checked():

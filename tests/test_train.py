@@ -136,10 +136,28 @@ def test_rl_logs_agreement_and_rewards(rl):
   for r in rows:
     assert 0 <= r["ops/rapr"] <= 1 and 0 <= r["reward/correct"] <= 1
     assert not r["optim/skipped"] and r["agreement/logp_diff_max"] < 1e-4
+    assert r["rollout/host_syncs_per_chunk"] == r["rollout/prefills_per_group"] == 1
+    assert 0 < r["rollout/occupancy"] <= 1 and r["rollout/too_long_prompts"] == 0
   for i in range(1, 5):
     kept = list(trajectory.read_jsonl(rl / f"trajectories/step_{i:06d}.jsonl"))
     assert len(kept) == 4 * 8
     assert all(t.stop and "total" in t.reward for t in kept)
+
+
+def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
+  """Images take 14 tokens, clips 9: three groups of four are set aside."""
+  short = {"engine.max_len": 14, "engine.prompt_len": 8, "total_steps": 2}
+  out = run(RL, tmp_path / "run", init=able, **SMALL_RL | short)
+  assert "set aside: the prompt of task" in out and "`max_len`" in out
+  rows = read_metrics(tmp_path / "run")
+  assert [r["rollout/too_long_prompts"] for r in rows] == [3.0, 3.0]
+  assert [r["rollout/prefills_per_group"] for r in rows] == [1.0, 1.0]
+  for i in (1, 2):
+    kept = list(
+      trajectory.read_jsonl(tmp_path / f"run/trajectories/step_{i:06d}.jsonl")
+    )
+    assert len(kept) == 4 * 8  # as many groups as ever: no host waits for another
+    assert sum(not any(t.sampled) for t in kept) == 3 * 8
 
 
 def test_killed_rl_goes_on_bit_for_bit(able, rl, tmp_path):

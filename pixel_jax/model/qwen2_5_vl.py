@@ -169,8 +169,8 @@ def extend(
 
   Args:
     features: what vision_index points to, row-local; None = text only.
-    rows: distinct rows of the cache; None = all of them, R = B.  An index >= B is
-      padding and is dropped.
+    rows: distinct rows of the cache; None = the first R.  An index >= B is padding and
+      is dropped.
     view: attend to the first `view` slots only (static; length + count must fit in it).
   """
   x = _embed(config, params, tokens, vision_index, features)

@@ -118,9 +118,10 @@ class Text(nnx.Module):
       q, k, v = block.qkv(x, table)
       k_cache = _write(k_cache, k, i, at, target)
       v_cache = _write(v_cache, v, i, at, target)
-      k, v = (c[i, :, :, :view] for c in (k_cache, v_cache))
-      if rows is not None:
-        k, v = k[rows], v[rows]
+      if rows is None:
+        k, v = (c[i, :R, :, :view] for c in (k_cache, v_cache))
+      else:
+        k, v = (c[i, rows, :, :view] for c in (k_cache, v_cache))
       heads = attention(q, k, v, slot_q=slot, causal=True)
       return block.close(x, heads), k_cache, v_cache
 

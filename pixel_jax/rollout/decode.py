@@ -2,8 +2,8 @@
 
 A slot is a row of the cache.  Between calls the cache holds all ids of a sequence but
 the last: that one is fed first when the sequence goes on, so new turns and sampled
-tokens continue alike and no hidden state outlives a call.  The host says how long every
-slot is (`Slots.length`, `Turns.length`); `cache.length` is never trusted between calls.
+tokens continue alike and no hidden state outlives a call.  The host says where a turn
+begins (`place`, `Turns.length`); `cache.length` is never trusted between calls.
 
 The log-prob of a sampled token is that of softmax(logits / temperature) BEFORE top-k
 and top-p cut it: the number that `qwen2_5_vl.token_logp` gives at that temperature.
@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from pixel_jax.batch import Cache
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
+
+BLOCK = 128  # tokens of the vocabulary that are drawn from at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,14 +68,13 @@ class Turns:
 
 @flax.struct.dataclass
 class Slots:
-  """Where all B slots stand when a chunk begins."""
+  """Where all B slots stand between two chunks."""
 
   length: jax.Array  # i32[B]    tokens in the cache
   last: jax.Array  # i32[B]    the id after them, not in the cache yet
   position: jax.Array  # i32[B]    its position (text: the three are equal)
   budget: jax.Array  # i32[B]    tokens the turn may still have; 0 = idle
   key: jax.Array  # u32[B 2]  of the sequence
-  forced: jax.Array  # i32[B chunk]  tokens to be said, step by step; -1 = free
 
 
 def encode(
@@ -86,12 +87,19 @@ def encode(
 
 
 def extend(
-  config: ModelConfig, params: Any, cache: Cache, turns: Turns, bank: jax.Array
+  config: ModelConfig,
+  params: Any,
+  cache: Cache,
+  turns: Turns,
+  bank: jax.Array,
+  *,
+  view: int,
 ) -> Cache:
   """Appends new tokens to their slots: a prompt, or what an operation returned.
 
   Args:
     bank: f[C D] features of pictures; `turns.feature` points into it.
+    view: slots of the cache that attention looks at; all of `turns` fits in it.
   """
   cache = cache.replace(
     length=cache.length.at[turns.slot].set(turns.length, mode="drop")
@@ -101,25 +109,35 @@ def extend(
   own = jnp.where(turns.feature < 0, -1, jnp.arange(turns.tokens.shape[1]))
   return qwen2_5_vl.extend(
     config, params, cache, turns.tokens, turns.position, turns.count, own, features,
-    turns.slot,
+    turns.slot, view=view,
   )[1]  # fmt: skip
 
 
 def fork(
-  cache: Cache, source: jax.Array, target: jax.Array, count: jax.Array, *, size: int
+  cache: Cache,
+  source: jax.Array,
+  target: jax.Array,
+  length: jax.Array,
+  count: jax.Array,
+  *,
+  size: int,
 ) -> Cache:
-  """Copies the first `size` tokens of slot source[i] to target[i], for i < count.
+  """Copies the first length[i] tokens of slot source[i] to target[i], for i < count.
 
-  One slot at a time and in place: a gather would need a second cache.
+  One piece of `size` tokens at a time and in place: a gather would need a second cache.
   """
+  L, _, K, S, H = cache.k.shape
+
+  def piece(i, j, x):
+    start = jnp.minimum(j * size, S - size)
+    part = jax.lax.dynamic_slice(x, (0, source[i], 0, start, 0), (L, 1, K, size, H))
+    return jax.lax.dynamic_update_slice(x, part, (0, target[i], 0, start, 0))
 
   def copy(i, kv):
-    def move(x):
-      L, _, K, _, H = x.shape
-      part = jax.lax.dynamic_slice(x, (0, source[i], 0, 0, 0), (L, 1, K, size, H))
-      return jax.lax.dynamic_update_slice(x, part, (0, target[i], 0, 0, 0))
+    def move(j, kv):
+      return jax.tree.map(lambda x: piece(i, j, x), kv)
 
-    return jax.tree.map(move, kv)
+    return jax.lax.fori_loop(0, -(-length[i] // size), move, kv)
 
   k, v = jax.lax.fori_loop(0, count, copy, (cache.k, cache.v))
   return cache.replace(k=k, v=v)
@@ -137,27 +155,53 @@ def sample(
     key: u32[B 2], one per row and token, so that no row depends on another.
     forced: i32[B], taken instead of a drawn token; -1 = free.
   """
-  full = jax.nn.log_softmax(logits / sampling.temperature)
+  scores = logits / sampling.temperature
+  top = scores.max(axis=-1, keepdims=True)
+  weights = jnp.exp(scores - top)  # B V, the one pass over all of them
+  total = weights.sum(axis=-1)
   if sampling.greedy:
-    token = full.argmax(axis=-1)
+    token = scores.argmax(axis=-1).astype(jnp.int32)
   else:
-    scores = _truncate(full, sampling)
-    noise = jax.vmap(
-      lambda k: jax.random.gumbel(
-        jax.random.wrap_key_data(k, impl="threefry2x32"), scores.shape[-1:]
-      )
-    )(key)
-    token = (scores + noise).argmax(axis=-1)
-  token = token.astype(jnp.int32)
+    kept = _truncate(scores, sampling)
+    if kept is not None:
+      weights = jnp.where(kept, weights, 0)
+    token = _draw(weights, key)
   if forced is not None:
     token = jnp.where(forced < 0, token, forced)
-  return token, jnp.take_along_axis(full, token[:, None], axis=-1)[:, 0]
+  score = jnp.take_along_axis(scores, token[:, None], axis=-1)
+  return token, (score - top)[:, 0] - jnp.log(total)
 
 
-def _truncate(scores: jax.Array, sampling: Sampling) -> jax.Array:
-  """-inf below the top_k likeliest and below the least mass of top_p; ties stay."""
+def _draw(weights: jax.Array, key: jax.Array) -> jax.Array:
+  """i32[B], index j of a row of f32[B V] with probability weights[j] / their sum.
+
+  First a block of 128, then one of its members, each by its own uniform number on the
+  cumulated sums.  Two numbers a row; Gumbel noise wants V of them, which cost a CPU as
+  much as the head (8192 words).  Two, because one of 23 bits cannot tell the rarest of
+  150,000 apart.
+  """
+  uniform = jax.vmap(
+    lambda k: jax.random.uniform(jax.random.wrap_key_data(k, impl="threefry2x32"), (2,))
+  )(key)
+  B, V = weights.shape
+  blocks = jnp.pad(weights, [(0, 0), (0, -V % BLOCK)]).reshape(B, -1, BLOCK)
+
+  def pick(weights, uniform):
+    sums = jnp.cumsum(weights, axis=-1)
+    beyond = sums > uniform[:, None] * sums[:, -1:]
+    # Rounding may step over an impossible one, or leave nothing beyond the mark.
+    chosen = beyond & (weights > 0)
+    return jnp.where(chosen.any(axis=-1), chosen.argmax(-1), weights.argmax(-1))
+
+  block = pick(blocks.sum(axis=-1), uniform[:, 0])
+  members = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
+  return (block * BLOCK + pick(members, uniform[:, 1])).astype(jnp.int32)
+
+
+def _truncate(scores: jax.Array, sampling: Sampling) -> jax.Array | None:
+  """bool[B V]: the top_k likeliest that reach the mass top_p; ties stay.  None = all."""
   if sampling.top_k == 0 and sampling.top_p == 1.0:
-    return scores
+    return None
   ordered = jnp.sort(scores, axis=-1, descending=True)
   if 0 < sampling.top_k < scores.shape[-1]:
     kept = jnp.arange(scores.shape[-1]) < sampling.top_k
@@ -166,7 +210,21 @@ def _truncate(scores: jax.Array, sampling: Sampling) -> jax.Array:
   p = jax.nn.softmax(ordered, axis=-1)
   kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p
   least = jnp.where(kept & (p > 0), ordered, jnp.inf).min(axis=-1, keepdims=True)
-  return jnp.where(scores >= least, scores, -jnp.inf)
+  return scores >= least
+
+
+def place(slots: Slots, source: jax.Array, new: jax.Array, given: Slots) -> Slots:
+  """What the host changes between two chunks.
+
+  Args:
+    source: i32[B], the slot that each goes on from: its own, or one that moved here.
+    new: bool[B], slots that begin a turn; their standing is that of `given`.
+  """
+
+  def choose(old, fresh):
+    return jnp.where(new.reshape(-1, *[1] * (old.ndim - 1)), fresh, old[source])
+
+  return jax.tree.map(choose, slots, given)
 
 
 def decode(
@@ -174,61 +232,76 @@ def decode(
   params: Any,
   cache: Cache,
   slots: Slots,
-  banned: jax.Array,
+  forced: jax.Array,
+  banned: jax.Array | None,
   *,
   sampling: Sampling,
-  chunk: int,
   stops: tuple[int, ...],
   view: int,
-) -> tuple[Cache, jax.Array, jax.Array, jax.Array]:
-  """Samples at most `chunk` tokens in every slot that has a budget; no host in between.
+  lanes: int,
+) -> tuple[Cache, Slots, jax.Array, jax.Array, jax.Array]:
+  """Samples a chunk of tokens in every slot that has a budget; no host in between.
 
   A slot stops after an id of `stops` or when its budget is spent; the loop ends when
-  all have stopped.
+  all have stopped.  Afterwards `slots` say where each stands, so a chunk may follow
+  before the host has looked at this one.
 
   Args:
-    banned: bool[V], ids that are never drawn.
+    forced: i32[B chunk], tokens to be said, step by step; -1 = free.
+    banned: bool[V], ids that are never drawn; None = any may be.
     view: slots of the cache that attention looks at; all lengths stay within it.
+    lanes: B' <= B: only the first so many slots decode; the others rest.
 
   Returns:
-    (cache, tokens i32[B chunk], log-probs f32[B chunk], count i32[B])
+    (cache, slots, tokens i32[B' chunk], log-probs f32[B' chunk], count i32[B'])
   """
-  B = slots.last.shape[0]
-  rows = jnp.arange(B)
+  B, chunk = lanes, forced.shape[1]
+  key = slots.key[:B]
 
   def is_on(state):
-    step, _, _, on, *_ = state
-    return (step < chunk) & on.any()
+    step, _, (_, _, _, budget), *_ = state
+    return (step < chunk) & (budget > 0).any()
 
   def step_(state):
-    step, cache, last, on, tokens, logp, count = state
+    step, cache, (length, last, position, budget), tokens, logp, count = state
+    on = budget > 0
+    cache = cache.replace(length=cache.length.at[:B].set(length))
     hidden, cache = qwen2_5_vl.extend(
       config, params, cache, last[:, None],
-      jnp.broadcast_to((slots.position + step)[:, None, None], (B, 1, 3)),
+      jnp.broadcast_to(position[:, None, None], (B, 1, 3)),
       on.astype(jnp.int32), jnp.full((B, 1), -1), view=view,
     )  # fmt: skip
     logits = qwen2_5_vl.logits(config, params, hidden[:, 0])
-    logits = jnp.where(banned, -jnp.inf, logits)
+    if banned is not None:
+      logits = jnp.where(banned, -jnp.inf, logits)
     # The token's index in its sequence, whichever slot and chunk it falls into.
-    key = jax.vmap(_fold_in)(slots.key, slots.length + step + 1)
-    token, lp = sample(logits, key, sampling, slots.forced[:, step])
+    keys = jax.vmap(_fold_in)(key, length + 1)
+    token, lp = sample(logits, keys, sampling, forced[:B, step])
     tokens = tokens.at[:, step].set(jnp.where(on, token, 0))
     logp = logp.at[:, step].set(jnp.where(on, lp, 0))
-    count = count + on
-    ended = jnp.isin(token, jnp.array(stops)) | (count >= slots.budget)
-    return step + 1, cache, token, on & ~ended, tokens, logp, count
+    ended = jnp.isin(token, jnp.array(stops))
+    standing = (
+      length + on,
+      jnp.where(on, token, last),
+      position + on,
+      jnp.where(on & ~ended, budget - 1, 0),
+    )
+    return step + 1, cache, standing, tokens, logp, count + on
 
+  fields = ("length", "last", "position", "budget")
   state = (
     0,
-    cache.replace(length=slots.length),
-    slots.last,
-    slots.budget > 0,
+    cache,
+    tuple(getattr(slots, name)[:B] for name in fields),
     jnp.zeros((B, chunk), jnp.int32),
     jnp.zeros((B, chunk), jnp.float32),
-    jnp.zeros_like(rows),
+    jnp.zeros(B, jnp.int32),
   )
-  _, cache, _, _, tokens, logp, count = jax.lax.while_loop(is_on, step_, state)
-  return cache, tokens, logp, count
+  _, cache, standing, *out = jax.lax.while_loop(is_on, step_, state)
+  moved = {
+    name: getattr(slots, name).at[:B].set(x) for name, x in zip(fields, standing)
+  }
+  return cache, slots.replace(**moved), *out
 
 
 def _fold_in(key: jax.Array, index: jax.Array) -> jax.Array:

@@ -2,14 +2,16 @@
 
   tasks --Conversation--> prompts --prefill once a group, fork--> slots --decode a chunk
   --> sampled ids --Episode--> done | operation --worker threads--> new tokens + pictures
-  --encode, extend--> the slot decodes on; a finished slot is refilled at the boundary
+  --encode, extend--> the slot decodes on; a finished slot is refilled at the boundary;
+  when no sample waits any more, fewer and fewer lanes decode
 
 `scheduler` says who runs where, `episode` what a turn means, `decode` what the device
 does, `pictures` where features lie; only this file knows all of them.  It knows no tool.
 Main value: `run(...)` -> list[list[Finished]], groups in task order.
 
-Sampling depends on (seed, step, task id, sample index) and the token's index only.  With
-one `views` length, a rollout does not depend on its neighbours or its slot, bit for bit.
+Sampling depends on (seed, step, task id, sample index) and the token's index only.  In
+one bucket of lanes and length (`fixed_batch`), a rollout does not depend on its
+neighbours or its slot, bit for bit; between buckets log-probs round differently.
 """
 
 import collections
@@ -23,18 +25,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
-from pixel_jax import parallel
-from pixel_jax.batch import Cache
 from pixel_jax.chat.encode import Codec, Conversation
-from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.pixels import resample
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode, pictures
 from pixel_jax.rollout.episode import Episode
+from pixel_jax.rollout.programs import Programs
 from pixel_jax.rollout.scheduler import Scheduler, Start
 from pixel_jax.rollout.table import Table
 from pixel_jax.trajectory import Task, Trajectory
@@ -60,13 +60,16 @@ class Engine:
   Args:
     slots: conversations at once; a multiple of 16 keeps matmuls in full blocks.
     max_len: tokens of a conversation at most.
-    prompt_len, extend_len: tokens of a row of a prefill and of an extend call; a longer
-      observation goes in pieces, a longer prompt is refused.
+    prompt_len, extend_len: tokens of a row of a prefill and of an extend call; longer
+      prompts and observations go in pieces.
     prompt_rows, extend_rows: rows of those calls; None = about `TOKENS` tokens a call.
-    patches: of the largest picture; a vision call encodes as many.
+    patches: of the largest picture; a vision call encodes as many.  A conversation
+      that shows a larger one ends (stop "length"), as does one beyond max_len.
     pages: of the feature bank, patches / 4 features each.
     chunk: decoding steps between two looks of the host.
-    delay: chunks an operation may take while the other slots decode.
+    delay: chunks from an operation's submission to its collection (`Scheduler`).
+    lag: chunks that are sent off before the oldest is read.  With 1 the host works
+      while the device does, but hears of the end of a turn one chunk late.
     views: cache lengths that attention is compiled for; None = max_len alone.
     workers: threads that run operations and prepare prompts.
     zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
@@ -87,6 +90,7 @@ class Engine:
     pages: int | None = None,
     chunk: int = 16,
     delay: int = 1,
+    lag: int = 0,
     views: Sequence[int] | None = None,
     workers: int = 2,
     zoom: str = "host",
@@ -100,14 +104,17 @@ class Engine:
         f"{slots=}, {max_len=}, {prompt_len=}, {extend_len=}, {chunk=}: all are positive "
         "and a prompt leaves room for an answer (prompt_len < max_len)."
       )
+    if min(delay, lag) < 0:
+      raise ValueError(f"{delay=}, {lag=}: numbers of chunks, 0 or more.")
     if patches < 4 or patches % 4:
       raise ValueError(
         f"{patches=}: a positive multiple of 4 (2 x 2 patches a feature)."
       )
     self.config, self.codec = config, codec
     self.slots, self.max_len, self.patches = slots, max_len, patches
-    self.chunk, self.delay, self.workers = chunk, delay, workers
+    self.chunk, self.delay, self.lag, self.workers = chunk, delay, lag, workers
     self.views = sorted({min(v, max_len) for v in views or ()} | {max_len})
+    self.lanes = sorted({max(1, slots // n) for n in (1, 2, 4)})
 
     def rows(given, length):
       return given or max(1, min(TOKENS // length, slots // 8))
@@ -123,13 +130,21 @@ class Engine:
     self._stops = (words.im_end, words.endoftext)
     self._calls = sorted({words.encode(text)[0] for text in CALL})
     self.stats: dict[str, float] = {}
-    self._programs: dict[str, Callable] = {}
-    self._where = None  # what the programs were compiled for
+    self._programs: Programs | None = None
+    self._ways: set[tuple[decode.Sampling, bool]] = set()  # of sampling; with a ban?
 
   @property
   def compiles(self) -> int:
     """Programs compiled so far: one per shape and way of sampling."""
-    return sum(f._cache_size() for f in self._programs.values())
+    return self._programs.compiles if self._programs else 0
+
+  @property
+  def declared(self) -> int:
+    """Programs that the buckets and the ways of sampling so far can ask for."""
+    extend = len({self.prompt, self.turn}) * len(self.views)
+    encode = len(pictures.row_sizes(self.patches))
+    decode = len(self._ways) * len(self.views) * len(self.lanes)
+    return extend + encode + decode + len(("open", "cast", "fork", "place"))
 
   # ---- Run ---------------------------------------------------------------------------
 
@@ -151,9 +166,13 @@ class Engine:
     force: str | None = None,
     script: Script | None = None,
     swap: Callable[[Task], Task] | None = None,
+    fixed_batch: bool = False,
     progress: Callable[[int], None] | None = None,
   ) -> list[list[Finished]]:
     """Plays every task `group_size` times with one set of weights.
+
+    A task whose prompt has no room says nothing (stop "length"); ValueError when none
+    has.
 
     Args:
       seed, step: with the task's id and the sample's index the key of its sampling.
@@ -164,6 +183,7 @@ class Engine:
       script: ids that a rollout is made to say, turn by turn; beyond them it is free.
         A stop id ends the turn as ever, and log-probs are those of the model.
       swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
+      fixed_batch: all slots decode at full length to the end, in one bucket.
       progress: called with the number of rollouts that have ended since the last call.
     """
     if force not in (None, "answer", "operate"):
@@ -176,9 +196,14 @@ class Engine:
       script = self._begin_with_a_call
     sampling = decode.Sampling(temperature, top_p, top_k, greedy)
     limits = dict(
-      max_len=self.max_len, max_turns=max_turns, max_new_tokens=max_new_tokens
+      max_len=self.max_len,
+      max_patches=self.patches,
+      max_turns=max_turns,
+      max_new_tokens=max_new_tokens,
     )
-    table = self._table(params, banned=self._calls if force == "answer" else [])
+    ban = self._calls if force == "answer" else []
+    table = self._table(params, sampling, ban, fixed_batch)
+    buckets = [self.slots] if fixed_batch else self.lanes
     plan = Scheduler(
       slots=self.slots, groups=len(tasks), group_size=group_size, delay=self.delay
     )
@@ -186,6 +211,7 @@ class Engine:
     starts: dict[int, Start] = {}  # slot -> who plays there
     prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
     operations: dict[int, Future[bool]] = {}  # slot -> under way
+    refused: list[Task] = []  # whose prompts have no room
     watch = _Stopwatch()
 
     def finish(slot: int) -> None:
@@ -201,7 +227,6 @@ class Engine:
       while not plan.done:
         # ---- Refill free slots; a prompt is computed once and copied ----
         begun, new = plan.refill()
-        homes = [s.slot for s in new if s.sample == 0]
         with watch("prompts"):
           for s in begun + new:
             if s.sample == 0:
@@ -213,10 +238,18 @@ class Engine:
             episode = Episode(prompt.fork(s.sample), script=turns, **limits)
             table.begin(s.slot, episode, key)
             starts[s.slot] = s
+            if s.sample == 0 and not episode.fits:
+              refused.append(self._refuse(tasks[s.group], episode, len(tasks), refused))
+        fits = {s.slot: table.episodes[s.slot].fits for s in begun + new}
+        homes = [s.slot for s in new if s.sample == 0 and fits[s.slot]]
         with watch("prefill"):
-          table.fork([(s.home, s.slot) for s in begun])
+          table.fork([(s.home, s.slot) for s in begun if fits[s.slot]])
           table.feed(homes, self.prompt, "prefills")
-          table.fork([(s.home, s.slot) for s in new if s.sample])
+          table.fork([(s.home, s.slot) for s in new if s.sample and fits[s.slot]])
+        for s in begun + new:
+          if not fits[s.slot]:
+            table.episodes[s.slot].refuse()
+            finish(s.slot)
         # ---- Go on with the turns whose operations are due ----
         with watch("operate"):
           due = [(slot, operations.pop(slot).result()) for slot in plan.collect()]
@@ -226,8 +259,20 @@ class Engine:
           table.feed([slot for slot, fits in due if fits], self.turn, "extends")
         # ---- Decode a chunk; look at what was said ----
         if plan.decoding:
+          lanes, moves = plan.drain(buckets)
+          for source, target in moves:
+            for column in (starts, operations):
+              if source in column:
+                column[target] = column.pop(source)
+          table.move(moves)
           with watch("decode"):
-            sampled = table.decode(sorted(plan.decoding), sampling)
+            table.decode(
+              sorted(plan.decoding), sampling, lanes,
+              steady=plan.steady, waiting=plan.waiting,
+            )  # fmt: skip
+        while len(table.unread) > (self.lag if plan.decoding else 0):
+          with watch("decode"):
+            sampled = table.read()
           with watch("feed"):
             for slot, ids, logp in sampled:
               episode = table.episodes[slot]
@@ -238,7 +283,7 @@ class Engine:
               elif outcome == "done":
                 finish(slot)
         plan.tick()
-    self.stats = self._summary(table, watch.seconds)
+    self.stats = self._summary(table, len(tasks), refused, watch.seconds)
     return results
 
   def _begin_with_a_call(self, task: Task, sample: int) -> Sequence[Sequence[int]]:
@@ -259,95 +304,88 @@ class Engine:
     conversation = Conversation(self.codec, task, load_media)
     if swap is not None:
       conversation.swap_sources(swap(task), load_media)
-    length, limit = len(conversation.trajectory.ids), self.prompt[1]
-    if length > limit:
-      raise ValueError(
-        f"the prompt of task {task.id} has {length} tokens, the engine takes {limit}. "
-        "Raise `prompt_len` or lower the pixel budgets."
-      )
     return conversation
 
-  def _summary(self, table: Table, seconds: dict[str, float]) -> dict[str, float]:
-    counts = table.stats | dict(
-      pictures=table.bank.encoded, vision_calls=table.bank.calls
+  def _refuse(
+    self, task: Task, episode: Episode, groups: int, refused: Sequence[Task]
+  ) -> Task:
+    """Says why a task is not played; an error when that is the last of all."""
+    largest = max((p.num_patches for p in episode.conversation.pixels), default=0)
+    told = (
+      f"the prompt of task {task.id} has {len(episode.ids)} tokens and {largest} patches "
+      f"in its largest picture; the engine takes less than {self.max_len} and at most "
+      f"{self.patches}. Raise `max_len` or `patches`, or lower the pixel budgets."
     )
-    # Of the tokens that the decoding loop could have sampled, those that it did.
-    occupancy = counts["tokens"] / max(1, counts["steps"] * self.slots)
-    stats = counts | {"occupancy": occupancy}
+    if len(refused) + 1 == groups:
+      raise ValueError(told)
+    logging.warning("set aside: %s", told)
+    return task
+
+  def _summary(
+    self, table: Table, groups: int, refused: Sequence[Task], seconds: dict[str, float]
+  ) -> dict[str, float]:
+    """What `train_rl` logs; `docs/performance.md` says what each is."""
+    c = table.stats
+    names = ("prefills", "extends", "chunks", "steps", "tokens", "host_syncs")
+    stats = {name: c[name] for name in names} | {
+      "pictures": table.bank.encoded,
+      "vision_calls": table.bank.calls,
+      # Of the tokens that the decoding loop could have sampled, those that it did.
+      "occupancy": c["tokens"] / max(1, c["lane_steps"]),
+      "waiting": c["waiting"] / max(1, c["lane_steps"]),  # for an operation
+      "host_syncs_per_chunk": c["host_syncs"] / max(1, c["chunks"]),
+      "prefills_per_group": c["prefills"] / max(1, groups - len(refused)),
+      "too_long_prompts": len(refused),
+    }
+    if c["steady_lane_steps"]:  # from the first refill until no sample waits
+      stats["occupancy_steady"] = c["steady_tokens"] / c["steady_lane_steps"]
     stats = {f"rollout/{k}": float(v) for k, v in stats.items()}
     stats |= {f"perf/rollout_{k}_s": v for k, v in seconds.items()}
-    return stats | {"perf/rollout_compiles": float(self.compiles)}
+    return stats | {
+      "perf/rollout_compiles": float(self.compiles),
+      "perf/rollout_programs_declared": float(self.declared),
+    }
 
   # ---- Device ------------------------------------------------------------------------
 
-  def _table(self, params: Any, banned: Sequence[int]) -> Table:
+  def _table(
+    self, params: Any, sampling: decode.Sampling, ban: Sequence[int], one_bucket: bool
+  ) -> Table:
     """An empty cache and bank where `params` lie; freed when the run is over."""
-    self._compile(jax.tree.leaves(params)[0].sharding)
+    programs = self._compile(jax.tree.leaves(params)[0].sharding)
+    self._ways.add((sampling, bool(ban)))
     if self.config.dtype != "float32":
-      params = self._programs["cast"](params)
-    cache, features = self._programs["open"]()
-    bank = pictures.Bank(
-      features, functools.partial(self._programs["encode"], params), self.patches
-    )
-    mask = np.zeros(self.config.text.vocab, bool)
-    mask[list(banned)] = True
+      params = programs.cast(params)
+    cache, slots, features = programs.open()
+    encode = functools.partial(programs.encode, params)
+    banned = np.zeros(self.config.text.vocab, bool)
+    banned[list(ban)] = True
     return Table(
-      self._programs,
+      programs,
       params,
       cache,
-      bank,
-      banned=mask,
-      views=self.views,
+      slots,
+      pictures.Bank(features, encode, self.patches),
+      banned=banned if ban else None,
+      views=[self.max_len] if one_bucket else self.views,
       chunk=self.chunk,
     )
 
-  def _compile(self, sharding: jax.sharding.Sharding) -> None:
+  def _compile(self, sharding: jax.sharding.Sharding) -> Programs:
     """The programs for parameters of one engine: a device, or a mesh with "tensor"."""
-    mesh = getattr(sharding, "mesh", None)
-    if self._programs and self._where == (mesh or sharding):
-      return
-    self._where = mesh or sharding
-    cut = whole = sharding
-    if mesh is not None:
-      whole = parallel.replicated(mesh)
-      names = (None, None, "kv_heads", None, None)
-      t = self.config.text
-      shape = (t.depth, self.slots, t.kv_heads, self.max_len, t.head_dim)
-      cut = jax.sharding.NamedSharding(mesh, parallel.spec(mesh, names, shape, "cache"))
-    layout = Cache(k=cut, v=cut, length=whole)
-
-    def open_():
-      features = jnp.zeros(
-        (self.pages * self.patches // 4, self.config.text.width), self.config.dtype
+    where = getattr(sharding, "mesh", None) or sharding
+    if self._programs is None or self._programs.where != where:
+      self._ways = set()
+      self._programs = Programs(
+        self.config,
+        sharding,
+        slots=self.slots,
+        max_len=self.max_len,
+        bank=self.pages * self.patches // 4,
+        piece=self.prompt[1],
+        stops=self._stops,
       )
-      return qwen2_5_vl.init_cache(self.config, self.slots, self.max_len), features
-
-    def cast(params):  # norm scales stay f32, as in the trainer's graph
-      return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key == "scale" else x.astype(self.config.dtype),
-        params,
-      )
-
-    def bind(f, *args, **kwargs):
-      # jit takes the name of a trace from its function; a partial has none.
-      return functools.update_wrapper(functools.partial(f, *args, **kwargs), f)
-
-    c = self.config
-    self._programs = {
-      "open": jax.jit(open_, out_shardings=(layout, whole)),
-      "cast": jax.jit(cast),
-      "encode": jax.jit(bind(decode.encode, c), donate_argnums=1, out_shardings=whole),
-      "extend": jax.jit(bind(decode.extend, c), donate_argnums=1, out_shardings=layout),
-      "fork": jax.jit(
-        bind(decode.fork, size=self.prompt[1]), donate_argnums=0, out_shardings=layout
-      ),
-      "decode": jax.jit(
-        bind(decode.decode, c, chunk=self.chunk, stops=self._stops),
-        static_argnames=("sampling", "view"),
-        donate_argnums=1,
-        out_shardings=(layout, whole, whole, whole),
-      ),
-    }
+    return self._programs
 
 
 def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:

@@ -8,8 +8,8 @@
 
 Why it stops: "answer", a turn that calls nothing; "turns", a call in the last turn that
 is allowed, which is not run; "length", a turn that does not end within its budget, or an
-observation after which not one token would fit.  Nothing that was said is ever dropped:
-the call that had no room keeps its turn and its outcome.
+observation (or a question: `refuse`) that does not fit.  Nothing that was said is ever
+dropped: the call that had no room keeps its turn and its outcome.
 
 Not here: slots, caches, how an operation works.
 """
@@ -26,6 +26,7 @@ class Episode:
   Args:
     conversation: ends in the generation prompt; belongs to the episode from now on.
     max_len: ids of the whole conversation at most.
+    max_patches: of a picture at most.
     max_turns: turns of the policy; the last of them cannot operate.
     max_new_tokens: of one turn.
     script: ids that the policy is made to say, turn by turn; beyond them it is free.
@@ -36,6 +37,7 @@ class Episode:
     conversation: Conversation,
     *,
     max_len: int,
+    max_patches: int,
     max_turns: int,
     max_new_tokens: int,
     script: Sequence[Sequence[int]] = (),
@@ -43,7 +45,8 @@ class Episode:
     if min(max_turns, max_new_tokens) < 1:
       raise ValueError(f"{max_turns=}, {max_new_tokens=}: both must be positive.")
     self.conversation = conversation
-    self._max_len, self._max_turns = max_len, max_turns
+    self._max_len, self._max_patches = max_len, max_patches
+    self._max_turns = max_turns
     self._max_new_tokens = max_new_tokens
     self._script = script
     self._turns = 0  # that have ended
@@ -57,6 +60,16 @@ class Episode:
   @property
   def positions(self) -> list[tuple[int, int, int]]:
     return self.conversation.trajectory.position
+
+  @property
+  def fits(self) -> bool:
+    """Whether the pictures are small enough, and one token has room."""
+    return self._fits(self.conversation)
+
+  def _fits(self, conversation: Conversation) -> bool:
+    largest = max((p.num_patches for p in conversation.pixels), default=0)
+    room = self._max_len - len(conversation.trajectory.ids)
+    return room > 0 and largest <= self._max_patches
 
   def shown(self, begin: int, end: int) -> Iterator[tuple[int, Pixels]]:
     """(first placeholder, picture) of the pictures that stand in ids[begin:end]."""
@@ -100,11 +113,15 @@ class Episode:
     observation = self.conversation.call_of_last_turn()
     longer = self.conversation.fork(self.conversation.trajectory.sample)
     longer.observe(observation)
-    if len(longer.trajectory.ids) >= self._max_len:
+    if not self._fits(longer):
       self._done("length")
       return False
     self.conversation = longer
     return True
+
+  def refuse(self) -> None:
+    """The question itself does not fit: nothing is said."""
+    self._done("length")
 
   def _done(self, stop: str) -> str:
     self.conversation.finish(stop)

@@ -4,7 +4,9 @@ A *slot* is a row of the cache.  The samples of group 0 start first, then those 
 1, ...; whenever slots are free the next samples take them, lowest slot first.  A group's
 prompt is computed once, in its *home* slot (that of sample 0), and copied into the
 others.  The clock is never asked: an operation that was submitted at chunk c is
-collected at chunk c + delay, late or not, so a killed run continues the same way.
+collected before chunk c + delay, late or not, so a killed run continues the same way.
+When no sample waits any more, those that still play move into the lowest slots, and
+fewer *lanes* decode.
 
   chunk          0          1          2          3
   slot 0   g0s0 decode    operate    decode     g1s0 decode ...
@@ -13,6 +15,7 @@ Not here: tokens, caches, pictures.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +34,8 @@ class Scheduler:
   Args:
     slots: rows of the cache.
     groups, group_size: what is to be played; any size, also more than the slots.
-    delay: chunks that an operation may take while the other slots decode on.
+    delay: chunks from submitting an operation to collecting it; with 2 the other slots
+      decode one chunk meanwhile, with 1 (or 0) none.
   """
 
   def __init__(self, *, slots: int, groups: int, group_size: int, delay: int = 1):
@@ -46,6 +50,7 @@ class Scheduler:
     self.chunk = 0
     self.started = 0  # samples
     self.decoding: set[int] = set()
+    self._refilled = False
     self._free = set(range(slots))
     self._home = -1  # slot with the prompt of the group that started last
     self._operations: list[tuple[int, int]] = []  # (chunk, slot), as submitted
@@ -62,6 +67,7 @@ class Scheduler:
     group has wholly started nothing else can take a home, because the group's samples
     come first.
     """
+    self._refilled |= self.started > 0 and bool(self._free)
     begun, new = [], []
     for slot in sorted(self._free)[: self.total - self.started]:
       group, sample = divmod(self.started, self.group_size)
@@ -73,6 +79,36 @@ class Scheduler:
       self._free.remove(slot)
       self.decoding.add(slot)
     return begun, new
+
+  @property
+  def waiting(self) -> int:
+    """Slots whose operation is under way."""
+    return len(self._operations)
+
+  @property
+  def steady(self) -> bool:
+    """From the first refill until no sample waits for a slot."""
+    return self._refilled and self.started < self.total
+
+  def drain(self, buckets: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
+    """(lanes, moves): the fewest lanes that hold all who play, and who moves for that.
+
+    Args:
+      buckets: numbers of lanes to choose from, ascending; the last is all slots.
+    """
+    if self.started < self.total:
+      return buckets[-1], []
+    playing = self.decoding | {slot for _, slot in self._operations}
+    lanes = next(n for n in buckets if n >= len(playing))
+    free = sorted(set(range(lanes)) - playing)
+    moves = list(zip(sorted(s for s in playing if s >= lanes), free))
+    for source, target in moves:
+      if source in self.decoding:
+        self.decoding.remove(source)
+        self.decoding.add(target)
+    to = dict(moves)
+    self._operations = [(chunk, to.get(slot, slot)) for chunk, slot in self._operations]
+    return lanes, moves
 
   def submit(self, slot: int) -> None:
     """The turn of a slot ended in an operation."""

@@ -1,12 +1,15 @@
 """The table of the slots: what lies where on the device, and every call that changes it.
 
-One row per slot, in numpy: how many ids of its conversation the cache holds, the id and
-position to go on from, what the turn may still cost.  `feed` brings the cache up to the
-conversation, `decode` runs ahead of it by what was sampled.  Who plays where is decided
-by `scheduler`, what a turn means by `episode`.
+One row per slot, in numpy: how many ids of its conversation the cache holds, and what
+the host wants changed.  `feed` brings the cache up to the conversation, `decode` runs
+ahead of it by what was sampled, `read` tells what that was.  How far a turn has come is
+known on the device, so a chunk may be sent off before the last one is read.  Who plays
+where is decided by `scheduler`, what a turn means by `episode`.
 """
 
-from collections.abc import Callable, Sequence
+import collections
+import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,43 +19,58 @@ from pixel_jax.batch import Cache
 from pixel_jax.rollout import decode
 from pixel_jax.rollout.episode import Episode
 from pixel_jax.rollout.pictures import Bank
+from pixel_jax.rollout.programs import Programs
 
 Sampled = tuple[int, list[int], list[float]]  # slot, ids, log-probs
+
+
+@dataclasses.dataclass
+class Chunk:
+  """One that was sent off and not read yet."""
+
+  lane: dict[int, int]  # slot -> where it decoded
+  lanes: int
+  notes: dict[str, float]
+  out: list[jax.Array]  # tokens, log-probs, count
 
 
 class Table:
   """The slots of one run.
 
   Args:
-    programs: the compiled "extend", "fork" and "decode" of `decode.py`.
-    banned: bool[V], ids that are never drawn.
-    views: lengths of the cache that "decode" is compiled for, ascending.
+    slots: their standing on the device.
+    banned: bool[V], ids that are never drawn; None = any may be.
+    views: lengths of the cache that attention is compiled for, ascending.
     chunk: steps of one call of "decode".
   """
 
   def __init__(
     self,
-    programs: dict[str, Callable],
+    programs: Programs,
     params: Any,
     cache: Cache,
+    slots: decode.Slots,
     bank: Bank,
     *,
-    banned: np.ndarray,
+    banned: np.ndarray | None,
     views: Sequence[int],
     chunk: int,
   ):
     self.bank = bank
-    self.stats = dict(prefills=0, extends=0, chunks=0, steps=0, tokens=0, host_syncs=0)
-    self._programs, self._params, self._cache = programs, params, cache
+    self.stats: dict[str, float] = collections.Counter()
+    self.unread: collections.deque[Chunk] = collections.deque()
+    self._programs, self._params = programs, params
+    self._cache, self._slots = cache, slots
     self._banned, self._views, self._chunk = banned, views, chunk
     B = cache.k.shape[1]
     self.episodes: list[Episode | None] = [None] * B
-    self._length = np.zeros(B, np.int32)  # ids in the cache: all but the last
-    self._last = np.zeros(B, np.int32)
-    self._position = np.zeros(B, np.int32)
-    self._budget = np.zeros(B, np.int32)
-    self._forced: list[Sequence[int]] = [()] * B  # of the turn, not yet said
+    self._length = np.zeros(B, np.int32)  # ids in the cache, as far as was read
     self._key = np.zeros((B, 2), np.uint32)
+    self._new = np.zeros(B, bool)  # a turn begins: the device is to be told
+    self._source = np.arange(B, dtype=np.int32)  # who moved here since the last chunk
+    self._forced: list[Sequence[int]] = [()] * B  # of the turn, not yet said
+
+  # ---- New ids -----------------------------------------------------------------------
 
   def begin(self, slot: int, episode: Episode, key: np.ndarray) -> None:
     """A conversation enters an empty slot; its prompt is fed or forked next."""
@@ -61,13 +79,34 @@ class Table:
 
   def fork(self, pairs: Sequence[tuple[int, int]]) -> None:
     """Copies the prompt of each (home, slot); they are prompts of one conversation."""
-    moves = [(home, slot) for home, slot in pairs if home != slot]
-    if moves:
-      index = np.zeros((2, len(self.episodes)), np.int32)
-      index[:, : len(moves)] = np.transpose(moves)
-      self._cache = self._programs["fork"](self._cache, *index, np.int32(len(moves)))
     for _, slot in pairs:
       self._go_on_from(slot)
+    self._copy(pairs)
+
+  def move(self, pairs: Sequence[tuple[int, int]]) -> None:
+    """Slots give up their rows for others; what is on its way to them comes along."""
+    for source, target in pairs:
+      for column in (self._length, self._key, self._new, self._source):
+        column[target] = column[source]
+      self._new[source] = False
+      for column in (self.episodes, self._forced):
+        column[target] = column[source]
+      for chunk in self.unread:
+        if source in chunk.lane:
+          chunk.lane[target] = chunk.lane.pop(source)
+    self._copy(pairs)
+
+  def _copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+    pairs = [(source, target) for source, target in pairs if source != target]
+    if not pairs:
+      return
+    rows = np.zeros((3, len(self.episodes)), np.int32)
+    rows[:2, : len(pairs)] = np.transpose(pairs)
+    # What is not read yet may be longer by this.
+    late = self._chunk * len(self.unread)
+    rows[2, : len(pairs)] = [self._length[target] + late for _, target in pairs]
+    rows[2] = np.minimum(rows[2], self._cache.k.shape[3])
+    self._cache = self._programs.fork(self._cache, *rows, np.int32(len(pairs)))
 
   def feed(self, slots: Sequence[int], shape: tuple[int, int], name: str) -> None:
     """Prefills what the cache lacks of these conversations, but for the last id.
@@ -113,52 +152,94 @@ class Table:
       rows = self.bank.rows(pixels)
       lo, hi = max(start, begin), min(start + len(rows), begin + T)
       turns.feature[r, lo - begin : hi - begin] = rows[lo - start : hi - start]
-    self._cache = self._programs["extend"](
-      self._params, self._cache, turns, self.bank.features
+    self._cache = self._programs.extend(
+      self._params,
+      self._cache,
+      turns,
+      self.bank.features,
+      view=self._view(max(end for _, _, end in pieces)),
     )
+
+  def _view(self, reach: int) -> int:
+    return next(v for v in self._views if v >= reach)
 
   def _go_on_from(self, slot: int) -> None:
     episode = self.episodes[slot]
     self._length[slot] = len(episode.ids) - 1
-    self._last[slot] = episode.ids[-1]
-    self._position[slot] = episode.positions[-1][0]
-    self._budget[slot] = episode.budget
     self._forced[slot] = episode.forced
+    self._new[slot] = True
 
-  def decode(self, slots: Sequence[int], sampling: decode.Sampling) -> list[Sampled]:
-    """Samples a chunk in these slots; the one place where the host waits."""
-    on = np.zeros(len(self.episodes), bool)
-    on[slots] = True
-    reach = (self._length + np.minimum(self._budget, self._chunk))[on].max()
-    view = next(v for v in self._views if v >= reach)
-    forced = np.full((len(on), self._chunk), -1, np.int32)
+  # ---- Chunks ------------------------------------------------------------------------
+
+  def decode(
+    self, slots: Sequence[int], sampling: decode.Sampling, lanes: int, **notes: float
+  ) -> None:
+    """Sends off a chunk; `slots` are those that decode, or did when last read.
+
+    Args:
+      notes: of this chunk; `read` weighs them with its steps.
+    """
+    self._place()
+    # Whoever is in a chunk that is not read yet may be further on by its steps.
+    ahead = self._chunk * (1 + len(self.unread))
+    episodes = [self.episodes[s] for s in slots]
+    reach = max(self._length[s] + min(e.budget, ahead) for s, e in zip(slots, episodes))
+    forced = np.full((len(self.episodes), self._chunk), -1, np.int32)
     for slot in slots:
       said = self._forced[slot][: self._chunk]
       forced[slot, : len(said)] = said
       # A turn that goes on has used up the chunk.
       self._forced[slot] = self._forced[slot][self._chunk :]
-    standing = decode.Slots(
-      length=self._length,
-      last=self._last,
-      position=self._position,
-      budget=np.where(on, self._budget, 0),
-      key=self._key,
-      forced=forced,
+    self._cache, self._slots, *out = self._programs.decode(
+      self._params,
+      self._cache,
+      self._slots,
+      forced,
+      self._banned,
+      sampling=sampling,
+      view=self._view(reach),
+      lanes=lanes,
     )
-    self._cache, *out = self._programs["decode"](
-      self._params, self._cache, standing, self._banned, sampling=sampling, view=view
+    for x in out:
+      x.copy_to_host_async()
+    self.unread.append(Chunk({s: s for s in slots}, lanes, notes, out))
+
+  def _place(self) -> None:
+    """Tells the device which slots begin a turn, and which have moved."""
+    B = len(self.episodes)
+    if not self._new.any() and (self._source == np.arange(B)).all():
+      return
+    given = decode.Slots(
+      length=self._length.copy(),  # a call may read its arguments after it returns
+      last=np.zeros(B, np.int32),
+      position=np.zeros(B, np.int32),
+      budget=np.zeros(B, np.int32),
+      key=self._key.copy(),
     )
-    tokens, logp, count = jax.device_get(out)
-    self._length += count
-    self._position += count
-    self._budget -= count
-    self._last = np.where(on, tokens[np.arange(len(on)), count - 1], self._last)
-    self.stats["chunks"] += 1
-    self.stats["host_syncs"] += 1
-    self.stats["steps"] += int(count.max())
-    self.stats["tokens"] += int(count.sum())
-    return [
-      (slot, tokens[slot, :n].tolist(), logp[slot, :n].tolist())
-      for slot in slots
-      if (n := count[slot])
-    ]
+    for slot in np.flatnonzero(self._new):
+      episode = self.episodes[slot]
+      given.last[slot] = episode.ids[-1]
+      given.position[slot] = episode.positions[-1][0]
+      given.budget[slot] = episode.budget
+    self._slots = self._programs.place(self._slots, self._source, self._new, given)
+    self._source = np.arange(B, dtype=np.int32)
+    self._new = np.zeros(B, bool)
+
+  def read(self) -> list[Sampled]:
+    """What the oldest chunk sampled; the one place where the host waits."""
+    chunk = self.unread.popleft()
+    tokens, logp, count = jax.device_get(chunk.out)
+    steps = int(count.max(initial=0))
+    now = dict(chunks=1, host_syncs=1, steps=steps, lane_steps=steps * chunk.lanes)
+    now |= dict(tokens=int(count.sum()))
+    now |= {name: weight * steps for name, weight in chunk.notes.items()}
+    if chunk.notes.get("steady"):
+      now |= {f"steady_{k}": now[k] for k in ("lane_steps", "tokens")}
+    self.stats.update(now)
+    sampled = []
+    for slot, lane in chunk.lane.items():
+      n = int(count[lane])
+      if n:  # 0 where it had stopped, as an earlier chunk has told by now
+        self._length[slot] += n
+        sampled.append((slot, tokens[lane, :n].tolist(), logp[lane, :n].tolist()))
+    return sampled
