@@ -26,10 +26,11 @@ def main(config, workdir):
     mesh=mesh,
     seed=config.seed,
     workdir=workdir,
+    adapters=config.lora,
   )
-  tx, schedule = start.call(
-    "optim", optim.make, policy.params, total_steps=config.total_steps, **config.optim
-  )
+  freeze = start.frozen(config)
+  settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
+  tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   data = dict(config.data)
   uri, root = data.pop("uri"), data.pop("root")
 
@@ -65,7 +66,7 @@ def main(config, workdir):
 
   # ---- Step --------------------------------------------------------------------------
   def loss_fn(params, batch):
-    params = optim.trained(params, config.optim.freeze)
+    params = optim.trained(params, freeze)
     logp, entropy = qwen2_5_vl.token_logp(policy.config, params, batch)
     tokens = jnp.maximum(batch.weight.sum(), 1.0)
     loss = -(logp * batch.weight).sum() / tokens
@@ -84,7 +85,7 @@ def main(config, workdir):
     return loss_fn(params, batch)[0]
 
   # ---- Resume ------------------------------------------------------------------------
-  saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
+  saver = checkpoint.Checkpoints(workdir, **policy.extra)
   first, state, host = saver.restore(state)
   if host:
     train.set_state(host["data"])
