@@ -21,7 +21,13 @@ def get_config(arg="tiny"):
   c.codec = common.codec(arg.size)
   c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
   c.engine = dict(
-    slots=64, max_len=16384, prompt_len=4096, extend_len=2048, patches=16384, chunk=32
+    slots=64,
+    max_len=16384,
+    prompt_len=4096,
+    extend_len=2048,
+    patches=16384,
+    chunk=32,
+    zoom="host",  # "device": crops are resized there, byte for byte the same
   )
   c.rollout = dict(
     temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048

@@ -47,7 +47,6 @@ class Writer:
       earlier, killed process wrote after it is cut off (`cut_back`).
     total_steps: where the progress bar ends; None shows none.
     wandb: keyword arguments of wandb.init (extra [wandb]); None does without.
-    flops_per_token: see `flops_per_token`; gives perf/mfu on known devices.
   """
 
   def __init__(
@@ -57,10 +56,8 @@ class Writer:
     first_step: int = 0,
     total_steps: int | None = None,
     wandb: Mapping[str, Any] | None = None,
-    flops_per_token: float | None = None,
   ):
     self._root = pathlib.Path(workdir).expanduser().resolve()
-    self._flops = flops_per_token
     self._seconds: dict[str, float] = {}
     self._bar = self._board = self._wandb = self._file = None
     self._printed = -math.inf
@@ -94,25 +91,37 @@ class Writer:
       self._seconds[name] = self._seconds.get(name, 0.0) + spent
 
   def write(
-    self, step: int, values: Mapping[str, Any], *, tokens: int | None = None
+    self,
+    step: int,
+    values: Mapping[str, Any],
+    *,
+    tokens: float | None = None,
+    image_tokens: float | None = None,
+    flops: Mapping[str, float] | None = None,
   ) -> None:
     """Writes the metrics of a finished step (the first is step 1).
 
     Args:
       values: numbers; NaN and infinities are written as null.
-      tokens: trained or sampled in the step by all processes; gives the rates.
+      tokens, image_tokens: trained or sampled in the step by all processes; give
+        perf/tokens_per_s and perf/image_tokens_per_s.
+      flops: of the update, part by part; over the time of the timer "update" they give
+        perf/mfu and perf/mfu_<part> on known devices.
     """
     now = time.perf_counter()
     spent, self._since = now - self._since, now
     perf = {f"perf/{k}_s": v for k, v in self._seconds.items()}
     perf |= {"perf/step_s": spent, "perf/compiles": count_compiles()}
     perf["perf/compile_s"] = _compile_seconds
-    self._seconds = {}
     if tokens is not None:
       perf["perf/tokens_per_s"] = tokens / spent
-      if self._flops is not None and (peak := peak_flops()) is not None:
-        done = tokens * self._flops / spent
-        perf["perf/mfu"] = done / (peak * jax.device_count())
+    if image_tokens is not None:
+      perf["perf/image_tokens_per_s"] = image_tokens / spent
+    if flops and "update" in self._seconds and (peak := peak_flops()) is not None:
+      limit = peak * jax.device_count() * self._seconds["update"]
+      perf["perf/mfu"] = sum(flops.values()) / limit
+      perf |= {f"perf/mfu_{k}": v / limit for k, v in flops.items()}
+    self._seconds = {}
     if self._file is None:
       return
     numbers = {k: float(v) for k, v in {**values, **perf}.items()}
@@ -267,46 +276,3 @@ def peak_flops() -> float | None:
   # The longest name wins: "TPU v5 lite" is not a "TPU v5".
   known = [k for k in PEAK_FLOPS if kind.startswith(k)]
   return PEAK_FLOPS[max(known, key=len)] if known else None
-
-
-def flops_per_token(
-  config: Any,
-  *,
-  context: float,
-  patches_per_token: float = 0.0,
-  patches_per_image: float = 0.0,
-  train_text: bool = True,
-  train_vision: bool = True,
-) -> float:
-  """Model FLOPs of one token of a train step: forward, and backward where trained.
-
-  Counts matmuls (2 per weight) and attention (causal: half); neither recomputation,
-  nor embedding, norms or padding.
-
-  Args:
-    config: a ModelConfig.
-    context: mean length of a sequence (causal attention sees half of it).
-    patches_per_token: patches in a row over tokens in a row.
-    patches_per_image: mean; the full-attention blocks attend within an image.
-    train_text, train_vision: a frozen part costs its forward pass only (and, for the
-      text model above a trained tower, the backward pass to its inputs).
-  """
-  t, v = config.text, config.vision
-  text_weights = t.depth * (
-    2 * t.width * t.heads * t.head_dim
-    + 2 * t.width * t.kv_heads * t.head_dim
-    + 3 * t.width * t.mlp
-  )
-  text = 2 * (text_weights + t.width * t.vocab)
-  text += t.depth * 4 * t.heads * t.head_dim * context / 2
-  block = v.depth * (4 * v.width**2 + 3 * v.width * v.mlp)
-  merged = v.width * v.merge**2
-  merger = merged * (merged + v.out_width) / v.merge**2  # once for merge^2 patches
-  patch = 2 * (block + v.width * v.patch_dim + merger)
-  full = len(v.fullatt)
-  patch += (
-    4 * v.width * ((v.depth - full) * v.window_patches + full * patches_per_image)
-  )
-  # Backward costs one forward for the inputs and one for the weights.
-  text_passes = 3 if train_text else 2 if train_vision else 1
-  return text * text_passes + patch * patches_per_token * (3 if train_vision else 1)

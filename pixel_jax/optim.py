@@ -2,7 +2,8 @@
 
 What it is not: a train step; `apply` is the last three lines of one.  Parameters are
 known by their path, "text/blocks/q/w"; a pattern of `freeze` is a regular expression
-searched in it.  Frozen parameters keep their value and cost no moments.
+searched in it.  `split` parts the trained from the frozen ones; gradients, moments and
+all that follows exist for the trained ones only.
 """
 
 import re
@@ -36,10 +37,11 @@ def make(
   """The optimizer and its schedule.
 
   Args:
-    params: the parameter tree, abstract or real; only its paths are read.
+    params: all parameters, abstract or real; only their paths are read.
     total_steps: optimizer steps, after which the rate stays at lr * final_lr_ratio.
     clip_norm: largest global norm of the trained gradients; 0 does not clip.
-    freeze: regular expressions of paths that are not trained.
+    freeze: regular expressions of paths that are not trained; checked here, used by
+      `split`.  The optimizer itself wants trained parameters only.
     moment_dtype: of Adam's first moment; bfloat16 fits the 7B on one H200.
   """
   rate = make_schedule(
@@ -65,11 +67,7 @@ def make(
     optax.add_decayed_weights(weight_decay, mask=_by_path(_is_decayed)),
     optax.scale_by_learning_rate(rate),
   ]
-  labels = _by_path(lambda p: "frozen" if is_frozen(p, freeze) else "trained")
-  tx = optax.partition(
-    {"trained": optax.chain(*steps), "frozen": optax.set_to_zero()}, labels
-  )
-  return tx, rate
+  return optax.chain(*steps), rate
 
 
 def make_schedule(
@@ -131,19 +129,61 @@ def state_shardings(tx: optax.GradientTransformation, params: dict) -> Any:
 def apply(
   tx: optax.GradientTransformation, grads: dict, params: dict, state: Any
 ) -> tuple[dict, Any, jax.Array]:
-  """One step -> params, optimizer state, global norm of all `grads` before clipping.
-
-  Gradients of frozen parameters should not have been taken (see `trained`); if they
-  were, they are in the norm but move nothing.
-  """
+  """One step -> params, optimizer state, global norm of `grads` before clipping."""
   updates, state = tx.update(grads, state, params)
   return optax.apply_updates(params, updates), state, optax.global_norm(grads)
 
 
-def trained(params: dict, freeze: Sequence[str]) -> dict:
-  """Stops the gradient at frozen parameters, so that XLA drops their backward pass."""
-  frozen = _by_path(lambda p: is_frozen(p, freeze))(params)
-  return jax.tree.map(lambda x, f: jax.lax.stop_gradient(x) if f else x, params, frozen)
+def accumulate(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:
+  """Sum of function(part) over `parts` parts of the rows, one after the other.
+
+  Part i takes rows i, i + parts, ...: where rows lie over devices in contiguous blocks,
+  each device gives rows of its own and nothing moves.
+
+  Args:
+    rows: a pytree whose leaves have B rows first; B is a multiple of `parts`.
+  """
+  if parts == 1:
+    return function(rows)
+
+  def stride(x):  # B .. -> parts B/parts ..
+    return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+  def add(total, part):
+    return jax.tree.map(jnp.add, total, function(part)), None
+
+  rows = jax.tree.map(stride, rows)
+  like = jax.eval_shape(function, jax.tree.map(lambda x: x[0], rows))
+  zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+  return jax.lax.scan(add, zero, rows)[0]
+
+
+# ---- Frozen and trained --------------------------------------------------------------
+
+
+def split(params: dict, freeze: Sequence[str]) -> tuple[dict, dict]:
+  """(trained, frozen): nested dicts, each with its own leaves only; see `merge`."""
+  return _pick(params, lambda p: not is_frozen(p, freeze)), _pick(
+    params, lambda p: is_frozen(p, freeze)
+  )
+
+
+def merge(trained: dict, frozen: dict) -> dict:
+  """The parameters that `split` parted."""
+  both = trained.keys() & frozen.keys()
+  return trained | frozen | {k: merge(trained[k], frozen[k]) for k in both}
+
+
+def _pick(tree: dict, wanted: Callable[[str], bool], prefix: str = "") -> dict:
+  out = {}
+  for key, x in tree.items():
+    path = prefix + key
+    if isinstance(x, dict):
+      if inner := _pick(x, wanted, path + "/"):
+        out[key] = inner
+    elif wanted(path):
+      out[key] = x
+  return out
 
 
 def is_frozen(path: str, freeze: Sequence[str]) -> bool:

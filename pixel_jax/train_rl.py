@@ -19,7 +19,7 @@ from pixel_jax import answers, checkpoint, metrics, optim, parallel, start, traj
 from pixel_jax.chat import encode
 from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import common
-from pixel_jax.model import qwen2_5_vl
+from pixel_jax.model import flops, qwen2_5_vl
 from pixel_jax.rl import grpo, replay, rewards
 from pixel_jax.rollout import engine
 
@@ -41,6 +41,7 @@ def main(config, workdir):
   updates = config.total_steps * config.rl.minibatches
   settings = {**config.optim, "freeze": freeze, "total_steps": updates}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
+  trained = optim.split(policy.params, freeze)[0]
   look = functools.partial(
     sources.open_source, root=config.data.root, codec=policy.codec
   )
@@ -72,7 +73,7 @@ def main(config, workdir):
   # ---- State ---------------------------------------------------------------------------
   state = {
     "params": policy.params,
-    "opt": optim.init(tx, policy.params),
+    "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
   # The engine's weights: adapters merged once per sync cost nothing per token.
@@ -81,69 +82,62 @@ def main(config, workdir):
   layout = jax.tree.map(lambda x: x.sharding, state)
 
   # ---- Update ------------------------------------------------------------------------
-  def loss_fn(params, batch, tokens):
-    params = optim.trained(params, freeze)
-    logp, entropy = qwen2_5_vl.token_logp(
-      policy.config, params, batch, config.rollout.temperature
+  def token_logp(params, batch):
+    return qwen2_5_vl.token_logp(
+      policy.config, params, batch, config.rollout.temperature, batch.weight > 0
     )
+
+  def loss_fn(trained, frozen, batch, tokens):
+    logp, entropy = token_logp(optim.merge(trained, frozen), batch)
     old = jax.lax.stop_gradient(logp if batch.logp_old is None else batch.logp_old)
     loss, m = grpo.loss(
-      logp,
-      old,
-      batch.advantage,
-      batch.weight,
-      normalizer=tokens,
-      logp_sampler=batch.logp_sampler,
-      **config.loss,
-    )
+      logp, old, batch.advantage, batch.weight, normalizer=tokens,
+      logp_sampler=batch.logp_sampler, **config.loss,
+    )  # fmt: skip
     # Of the policy that sampled: a later minibatch has moved away from it.
     m |= grpo.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
-    m["policy/entropy"] = jnp.where(batch.weight > 0, entropy, 0.0).sum() / tokens
-    return loss, m | {"loss": loss}
+    m["policy/entropy"] = entropy.sum() / tokens
+    return loss, (m | {"loss": loss}, flops.work(batch))
 
-  @functools.partial(jax.jit, out_shardings=(layout["params"], None))
-  def gradient(params, batch, tokens):
-    return jax.grad(loss_fn, has_aux=True)(params, batch, tokens)
+  lie = optim.split(layout["params"], freeze)[0]
 
-  @functools.partial(jax.jit, donate_argnums=0)
-  def add(total, grads):
-    return jax.tree.map(jnp.add, total, grads)
+  @functools.partial(jax.jit, out_shardings=lie)
+  def zeros():
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trained)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(lie, None))
+  def accumulate(total, params, batch, tokens):
+    parts = optim.split(params, freeze)
+    grads, told = jax.grad(loss_fn, has_aux=True)(*parts, batch, tokens)
+    return jax.tree.map(jnp.add, total, grads), told
 
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
   def apply(state, grads):
-    params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
+    trained, frozen = optim.split(state["params"], freeze)
+    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
     m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    params = optim.merge(trained, frozen)
     return {"params": params, "opt": opt, "step": state["step"] + 1}, m
 
   @jax.jit
   def old_logp(params, batch):
-    return qwen2_5_vl.token_logp(
-      policy.config, params, batch, config.rollout.temperature
-    )[0]
+    return token_logp(params, batch)[0]
 
   limits = dict(T=config.rl.tokens, P=config.rl.patches)
-
-  def to_batches(examples):
-    """The micro-batches that `examples` fill; as many on every host."""
-    bins = [[examples[i] for i in b] for b in pack.first_fit(examples, **limits)]
-    count = parallel.agree(-(-len(bins) // config.rl.rows), "max")
-    rows = config.rl.rows
-    return [
-      parallel.to_devices(
-        mesh, pack.collate(bins[i * rows : (i + 1) * rows], num_rows=rows, **limits)
-      )
-      for i in range(count)
-    ]
+  fill = functools.partial(to_batches, mesh, config.rl.rows, **limits)
 
   def update(state, batches, own, tokens):
     """One optimizer step over micro-batches of `own` tokens; `tokens` normalises."""
-    total, sums = None, []
+    total, told = zeros(), []
     for batch in batches:
-      grads, m = gradient(state["params"], batch, np.float32(tokens))
-      total = grads if total is None else add(total, grads)
-      sums.append(m)
+      total, t = accumulate(total, state["params"], batch, np.float32(tokens))
+      told.append(t)
     state, m = apply(state, total)
-    return state, combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
+    (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
+    work = {k: float(sum(w[k] for w in work)) for k in work[0]}
+    cost = flops.of_work(policy.config, work, optim.list_paths(trained)).parts()
+    m = combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
+    return state, m, cost
 
   # ---- Resume ------------------------------------------------------------------------
   memory = start.call("replay", replay.Replay, **config.replay)
@@ -186,19 +180,20 @@ def main(config, workdir):
       )
     with writer.timer("update"):
       parts = split(chosen, config.rl.minibatches)
-      plan = [(to_batches(part), count_tokens(part)) for part in parts]
+      plan = [(fill(part), count_tokens(part)) for part in parts]
       alone = config.rl.minibatches == 1 and not parallel.agree(replayed, "max")
       if not alone:
         plan = [
           ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], own)
           for batches, own in plan
         ]
-      updated = []
+      updated, cost = [], collections.Counter()
       for batches, own in plan:
         # Rollouts without an advantage have no gradient, but they count as tokens.
         tokens = count_tokens(examples) if alone else own
-        state, um = update(state, batches, own, tokens)
+        state, um, spent = update(state, batches, own, tokens)
         updated.append(um)
+        cost.update(spent)
       m |= average(updated)
       m["optim/skipped"] = float(not plan)
     if done % config.eval_every == 0 or done == config.total_steps:
@@ -208,7 +203,7 @@ def main(config, workdir):
           **config.rollout,
         )  # fmt: skip
     sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)
-    writer.write(done, m | stats, tokens=sampled)
+    writer.write(done, m | stats, tokens=sampled, flops=cost)
     if done % config.keep_trajectories_every == 0 or done == config.total_steps:
       trajectory.write_jsonl(
         workdir / "trajectories" / f"step_{done:06d}.jsonl",
@@ -291,13 +286,23 @@ def split(examples, minibatches):
   return [[examples[i] for i in part] for part in parts]
 
 
+def to_batches(mesh, rows, examples, **limits):
+  """The micro-batches of `rows` rows that `examples` fill; as many on every host."""
+  bins = [[examples[i] for i in b] for b in pack.first_fit(examples, **limits)]
+  count = parallel.agree(-(-len(bins) // rows), "max")
+  parts = [bins[i * rows : (i + 1) * rows] for i in range(count)]
+  return [
+    parallel.to_devices(mesh, pack.collate(part, num_rows=rows, **limits))
+    for part in parts
+  ]
+
+
 def combine(sums, own, tokens):
   """Metrics of an update from those of its micro-batches, which are sums / `tokens`.
 
   Rollouts without an advantage count in `tokens` but were not looked at, so all but the
   loss are taken over the `own` tokens that were.
   """
-  sums = jax.device_get(sums)
   m = {
     k: max(map(float, (s[k] for s in sums)))
     if k.endswith("_max")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from pixel_jax import checkpoint, metrics, optim, parallel, start
 from pixel_jax.data import pipeline, sources
-from pixel_jax.model import qwen2_5_vl
+from pixel_jax.model import flops, qwen2_5_vl
 
 
 def main(config, workdir):
@@ -31,6 +31,7 @@ def main(config, workdir):
   freeze = start.frozen(config)
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
+  trained = optim.split(policy.params, freeze)[0]
   data = dict(config.data)
   uri, root = data.pop("uri"), data.pop("root")
 
@@ -53,36 +54,52 @@ def main(config, workdir):
 
   train = batches(uri, config.seed)
   batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
+  if config.micro_batches < 1 or config.data.rows % config.micro_batches:
+    raise start.ConfigError(
+      f"config.micro_batches: {config.micro_batches} do not divide data.rows = "
+      f"{config.data.rows}"
+    )
+  start.call(
+    "micro_batches", parallel.check_rows, mesh, data["rows"] // config.micro_batches
+  )
   start.describe(config, policy, mesh)
 
   # ---- State ---------------------------------------------------------------------------
   state = {
     "params": policy.params,
-    "opt": optim.init(tx, policy.params),
+    "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
   # What goes in comes out in the same place, so that each program compiles once.
   layout = jax.tree.map(lambda x: x.sharding, state)
 
   # ---- Step --------------------------------------------------------------------------
-  def loss_fn(params, batch):
-    params = optim.trained(params, freeze)
-    logp, entropy = qwen2_5_vl.token_logp(policy.config, params, batch)
-    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+  def loss_fn(trained, frozen, batch, tokens):
+    params = optim.merge(trained, frozen)
+    mine = batch.weight > 0
+    logp, entropy = qwen2_5_vl.token_logp(policy.config, params, batch, where=mine)
     loss = -(logp * batch.weight).sum() / tokens
-    return loss, {"policy/entropy": (entropy * (batch.weight > 0)).sum() / tokens}
+    m = {"loss": loss, "policy/entropy": (entropy * mine).sum() / tokens}
+    return loss, (m, flops.work(batch))
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))
   def update(state, batch):
-    (loss, m), grads = jax.value_and_grad(loss_fn, has_aux=True)(state["params"], batch)
-    params, opt, norm = optim.apply(tx, grads, state["params"], state["opt"])
-    m |= {"loss": loss, "optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    trained, frozen = optim.split(state["params"], freeze)
+    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+
+    def gradient(rows):
+      return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, tokens)
+
+    grads, (m, work) = optim.accumulate(gradient, batch, config.micro_batches)
+    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
+    m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
     m["data/utilisation"] = (batch.segment > 0).mean()
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
+    params = optim.merge(trained, frozen)
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
 
   @jax.jit
   def heldout(params, batch):
-    return loss_fn(params, batch)[0]
+    return loss_fn(params, {}, batch, jnp.maximum(batch.weight.sum(), 1.0))[0]
 
   # ---- Resume ------------------------------------------------------------------------
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
@@ -96,8 +113,8 @@ def main(config, workdir):
     with writer.timer("data"):
       batch = parallel.to_devices(mesh, next(train))
     with writer.timer("update"):
-      state, m = update(state, batch)
-      m = {k: float(v) for k, v in jax.device_get(m).items()}
+      state, *told = update(state, batch)
+      m, work = jax.tree.map(float, jax.device_get(told))
     done = step + 1
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
@@ -105,7 +122,11 @@ def main(config, workdir):
       held.close()  # its thread reads ahead until then
       losses = [heldout(state["params"], parallel.to_devices(mesh, r)) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
-    writer.write(done, m | train.counts())
+    cost = flops.of_work(policy.config, work, optim.list_paths(trained))
+    writer.write(
+      done, m | train.counts(), tokens=work["tokens"],
+      image_tokens=work["image_tokens"], flops=cost.parts(),
+    )  # fmt: skip
     if done % config.save_every == 0 or done == config.total_steps:
       saver.save(done, state, {"data": train.get_state()})
   saver.close()

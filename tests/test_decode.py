@@ -97,7 +97,7 @@ def slots(ids, budget, forced=None, start=0):
     position=np.full(B, n - 1, np.int32),
     budget=np.asarray(budget, np.int32),
     key=keys(B, start),
-    forced=np.full(B, -1, np.int32) if forced is None else np.asarray(forced, np.int32),
+    forced=np.full((B, 12), -1, np.int32) if forced is None else forced,
   )
 
 
@@ -202,23 +202,36 @@ def test_two_chunks_equal_one(model, ids):
     np.testing.assert_array_equal(one[i], np.concatenate([first[i], second[i]], axis=1))
 
 
-def test_forced_token_and_ban(model, ids):
+def test_forced_tokens_are_said_with_the_models_logp(model, ids):
   cache = prefill(model, ids, (8,))
-  forced = [7, -1] * (B // 2)
-  banned = range(4, 30)
+  rng = np.random.default_rng(4)
+  forced = np.where(rng.random((B, 6)) < 0.6, rng.integers(4, V, (B, 6)), -1)
+  forced[0], forced[1] = -1, [9, END, 9, 9, 9, 9]
   _, tokens, logp, count = play(
-    model, cache, slots(ids, [4] * B, forced), banned=banned
+    model, cache, slots(ids, [6] * B, forced), sampling=Sampling(temperature=0.7)
   )
-  assert (tokens[::2, 0] == 7).all() and (logp[::2, 0] == 0).all()
-  free = np.concatenate([tokens[1::2].ravel(), tokens[::2, 1:].ravel()])
-  assert not np.isin(free, banned).any() and count.min() >= 1
-  # The log-prob of the others is that of the distribution under the ban.
-  scores = full_logits(model, np.concatenate([ids, tokens], 1))[1::2, 8]
+  said = np.arange(6) < count[:, None]
+  assert (tokens == forced)[said & (forced >= 0)].all() and count[1] == 2
+  scores = full_logits(model, np.concatenate([ids, tokens], 1))[:, 8:14] / 0.7
+  full = np.asarray(jax.nn.log_softmax(scores))
+  expected = np.take_along_axis(full, tokens[..., None], axis=2)[..., 0]
+  # Unlikely tokens have log-probs of -10, known to 1e-6 of themselves.
+  np.testing.assert_allclose(logp[said], expected[said], rtol=2e-6, atol=1e-5)
+  # What is not forced is drawn as if nothing were: the first turns are the same.
+  _, free, *_ = play(model, cache, slots(ids, [6] * B), sampling=Sampling(0.7))
+  assert (free[0] == tokens[0]).all()
+
+
+def test_ban(model, ids):
+  cache = prefill(model, ids, (8,))
+  banned = range(4, 30)
+  _, tokens, logp, count = play(model, cache, slots(ids, [4] * B), banned=banned)
+  assert not np.isin(tokens, banned).any() and count.min() >= 1
+  # The log-prob is that of the distribution under the ban.
+  scores = full_logits(model, np.concatenate([ids, tokens], 1))[:, 8]
   scores[:, list(banned)] = -np.inf
   full = np.asarray(jax.nn.log_softmax(scores))
-  np.testing.assert_allclose(
-    logp[1::2, 0], full[np.arange(B // 2), tokens[1::2, 0]], atol=1e-5
-  )
+  np.testing.assert_allclose(logp[:, 0], full[np.arange(B), tokens[:, 0]], atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_the_others(model, ids):

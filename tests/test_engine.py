@@ -1,8 +1,7 @@
 """The engine against a host replay, a full forward, its neighbours and its own rules.
 
-A *script* makes the policy say given turns through the whole engine: the host replays
-them, and sampling is replaced by a table of the resulting ids, looked up by (rollout,
-index in the sequence).  Log-probs stay those of the model.
+A *script* makes the policy say given turns through the whole engine, and the host
+replays them.  Log-probs stay those of the model.
 """
 
 import collections
@@ -19,7 +18,7 @@ from pixel_jax.batch import Batch
 from pixel_jax.chat import encode
 from pixel_jax.model import config as model_config
 from pixel_jax.model import qwen2_5_vl
-from pixel_jax.rollout import decode, engine
+from pixel_jax.rollout import engine
 
 SHAPES = dict(
   slots=16, max_len=160, prompt_len=24, extend_len=16, patches=64, extend_rows=4,
@@ -92,41 +91,25 @@ def run(playing, params, tasks, **kwargs):
 
 
 @pytest.fixture(scope="module")
-def actor(world):
-  """An engine that says SCRIPTS, and how to put it on stage."""
+def scripted(world):
+  """An engine with room for SCRIPTS."""
   codec, config, _ = world
   odd = [0xFF, 0x80, 0xC3, config.text.vocab - 1, codec.tokenizer.im_end]
   for question in ("q3", "q4"):
     for sample, turn in enumerate([*HOSTILE, odd]):
       SCRIPTS[question, sample] = [turn, ANSWER]
-  names = sorted(SCRIPTS)
-  table = np.full((len(names), 1000), codec.tokenizer.im_end, np.int32)
-  for i, (question, sample) in enumerate(names):
-    ids = replay(codec, question_of(question), SCRIPTS[question, sample]).trajectory.ids
-    table[i, : len(ids)] = ids
-
-  def key(seed, step, name, sample):
-    return np.array([names.index((name, sample)), 0], np.uint32)
-
-  def fold_in(key, index):
-    return jnp.stack([key[0], index.astype(jnp.uint32)])
-
-  def say(logits, key, sampling):
-    token = jnp.asarray(table)[key[:, 0], key[:, 1]]
-    logp = jax.nn.log_softmax(logits / sampling.temperature)
-    return token, jnp.take_along_axis(logp, token[:, None], axis=1)[:, 0]
-
-  playing = engine.Engine(config, codec, **(SHAPES | dict(max_len=400)))
-  return playing, key, fold_in, say
+  return engine.Engine(config, codec, **(SHAPES | dict(max_len=400)))
 
 
-@pytest.fixture
-def scripted(actor, monkeypatch):
-  playing, key, fold_in, say = actor
-  monkeypatch.setattr(engine, "_key", key)
-  monkeypatch.setattr(decode, "_fold_in", fold_in)
-  monkeypatch.setattr(decode, "sample", say)
-  return playing
+def perform(playing, world, tasks, **kwargs):
+  """The policy says SCRIPTS."""
+  codec, _, params = world
+
+  def script(task, sample):
+    turns = SCRIPTS[task.id, sample]
+    return [codec.tokenizer.encode(t) if isinstance(t, str) else t for t in turns]
+
+  return run(playing, params, tasks, script=script, **kwargs)
 
 
 def question_of(name):
@@ -196,10 +179,10 @@ def check_logp(world, finished, temperature=1.0):
 
 @pytest.mark.parametrize("delay", [0, 2])
 def test_multi_turn_equals_replay_and_full_forward(world, scripted, delay):
-  codec, _, params = world
+  codec = world[0]
   scripted.delay = delay
   tasks = [question_of(f"q{i}") for i in range(3)]
-  groups = run(scripted, params, tasks, group_size=3, temperature=0.7)
+  groups = perform(scripted, world, tasks, group_size=3, temperature=0.7)
   stops = {}
   for question, group in zip(tasks, groups):
     for sample, f in enumerate(group):
@@ -222,9 +205,11 @@ def test_multi_turn_equals_replay_and_full_forward(world, scripted, delay):
 
 
 def test_hostile_turns_end_cleanly(world, scripted):
-  codec, _, params = world
+  codec = world[0]
   tasks = [question_of("q3"), question_of("q4")]
-  groups = run(scripted, params, tasks, group_size=len(HOSTILE) + 1, max_new_tokens=200)
+  groups = perform(
+    scripted, world, tasks, group_size=len(HOSTILE) + 1, max_new_tokens=200
+  )
   kinds = collections.Counter()
   for question, group in zip(tasks, groups):
     for sample, f in enumerate(group):
@@ -301,11 +286,10 @@ def test_rollout_does_not_depend_on_neighbours_or_slot(world, plain):
 
 def test_scripted_turns_do_not_depend_on_neighbours(world, scripted):
   """The same with operations: other rows of extend, other pages of the bank."""
-  _, _, params = world
   tasks = [question_of(f"q{i}") for i in range(3)]
-  crowd = run(scripted, params, tasks, group_size=3)
+  crowd = perform(scripted, world, tasks, group_size=3)
   for i, question in enumerate(tasks):
-    alone = run(scripted, params, [question], group_size=3)
+    alone = perform(scripted, world, [question], group_size=3)
     assert [summary(f) for f in alone[0]] == [summary(f) for f in crowd[i]]
 
 
@@ -335,8 +319,8 @@ def test_group_larger_than_the_slots(world, plain):
 # ---- Forcing, shapes, errors ---------------------------------------------------------
 
 
-def test_force(world, plain):
-  codec, _, params = world
+def test_force_and_script(world, plain):
+  codec, config, params = world
   words = codec.tokenizer
   opening = words.encode("<tool_call>\n")
   assert len(opening) == 1
@@ -357,22 +341,28 @@ def test_force(world, plain):
   assert not any(set(calls) & set(said(f)) for f in answer)
   for f in operate:
     first = f.trajectory.sampled.index(True)
-    assert f.trajectory.ids[first] == opening[0] and f.trajectory.logp[first] == 0.0
+    assert f.trajectory.ids[first] == opening[0]
+  check_logp(world, operate)
   with pytest.raises(ValueError, match="force"):
     run(plain, params, tasks, force="both")
+  with pytest.raises(ValueError, match="not both"):
+    run(plain, params, tasks, force="operate", script=lambda task, sample: ())
+  for bad in ([[3, -1]], [[3], [config.text.vocab]]):
+    with pytest.raises(ValueError, match=f"q0, sample 0 .* id {bad[-1][-1]}"):
+      run(plain, params, tasks, script=lambda task, sample, bad=bad: bad)
 
 
 def test_compiles_once_per_shape(world, scripted):
   _, _, params = world
   tasks = [question_of(f"q{i}") for i in range(3)]
   for temperature in (1.0, 0.7):
-    run(scripted, params, tasks, group_size=3, temperature=temperature)
+    perform(scripted, world, tasks, group_size=3, temperature=temperature)
   # open, fork; prompts and turns of "extend"; rows of 64, 32 and 16 patches; two ways
   # of sampling.
   assert scripted.compiles == 9
-  run(scripted, params, tasks[::-1], group_size=3, seed=1)
+  perform(scripted, world, tasks[::-1], group_size=3, seed=1)
   other = jax.tree.map(lambda x: x + 0, params)
-  run(scripted, other, tasks[:1], group_size=3, step=3)
+  perform(scripted, (*world[:2], other), tasks[:1], group_size=3, step=3)
   assert scripted.compiles == 9
 
 

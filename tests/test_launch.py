@@ -21,8 +21,9 @@ def launch(*arguments, **kwargs):
 
 
 @pytest.mark.slow
-def test_fast_run_leaves_every_output_and_is_reused(tmp_path):
-  first = launch("--fast", tmp_path)
+@pytest.mark.parametrize("options", [[], ["--full"]])
+def test_fast_run_leaves_every_output_and_is_reused(options, tmp_path):
+  first = launch("--fast", *options, tmp_path)
   assert first.returncode == 0, first.stdout + first.stderr
   for name in ("base", "sft", "rl", "rl_alpha0"):
     rows = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
@@ -34,7 +35,7 @@ def test_fast_run_leaves_every_output_and_is_reused(tmp_path):
   assert "RL alpha=0" in html and not re.search(r"(src|href)=.https?://", html)
   outputs = [tmp_path / "rl/metrics.jsonl", tmp_path / "eval/evaluation.json"]
   before = [file.read_bytes() for file in outputs]
-  again = launch("--fast", "--trap", tmp_path)
+  again = launch("--fast", "--trap", *options, tmp_path)
   assert again.returncode == 0, again.stdout + again.stderr
   assert "<svg" in (tmp_path / "trap.svg").read_text()
   assert [file.read_bytes() for file in outputs] == before

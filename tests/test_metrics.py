@@ -1,4 +1,4 @@
-"""The log of a run: what is written, what a restart cuts off, which FLOPs count."""
+"""The log of a run: what is written, what a restart cuts off, what MFU is of."""
 
 import json
 import types
@@ -153,52 +153,7 @@ def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
     metrics.Writer(tmp_path, wandb={})
 
 
-# ---- FLOPs ---------------------------------------------------------------------------
-
-TEXT = types.SimpleNamespace(
-  vocab=152_064, width=3584, depth=28, heads=28, kv_heads=4, head_dim=128, mlp=18_944
-)
-VISION = types.SimpleNamespace(
-  width=1280,
-  depth=32,
-  mlp=3420,
-  out_width=3584,
-  merge=2,
-  patch_dim=1176,
-  window_patches=64,
-  fullatt=(7, 15, 23, 31),
-)
-SEVEN = types.SimpleNamespace(text=TEXT, vision=VISION)
-
-
-@pytest.mark.parametrize("context, gf", [(4096, 14.96), (16_384, 17.43)])
-def test_text_flops_equal_the_published_formula(context, gf):
-  """performance.md 2.1: 14.14 GF + 0.2007 MF * T forward, and three times that."""
-  ours = metrics.flops_per_token(SEVEN, context=context)
-  assert abs(ours / 3e9 / gf - 1) < 2e-3
-
-
-@pytest.mark.parametrize("image, gf", [(1024, 1.315), (4096, 1.378), (16_384, 1.630)])
-def test_vision_flops_equal_the_published_formula(image, gf):
-  def at(patches):
-    return metrics.flops_per_token(
-      SEVEN,
-      context=1,
-      patches_per_token=patches,
-      patches_per_image=image,
-      train_vision=False,
-    )
-
-  assert abs((at(1) - at(0)) / 1e9 / gf - 1) < 2e-3
-
-
-def test_frozen_parts_cost_less():
-  def at(**kwargs):
-    return metrics.flops_per_token(
-      SEVEN, context=4096, patches_per_token=1, patches_per_image=1024, **kwargs
-    )
-
-  assert at() > at(train_vision=False) > at(train_text=False, train_vision=False)
+# ---- MFU -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,9 +171,21 @@ def test_peaks(monkeypatch, kind, peak):
   assert metrics.peak_flops() == peak
 
 
-def test_mfu(tmp_path, monkeypatch):
+def test_mfu_is_of_the_update_and_part_by_part(tmp_path, monkeypatch):
+  clock = iter(range(0, 100, 2))
+  monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
   monkeypatch.setattr(metrics, "peak_flops", lambda: 1e12)
-  run(tmp_path, 0, 1, flops_per_token=1e9)
-  (row,) = lines(tmp_path)
-  expected = row["perf/tokens_per_s"] * 1e9 / (8 * 1e12)  # of eight devices
-  assert row["perf/mfu"] == pytest.approx(expected)
+  writer = metrics.Writer(tmp_path)  # reads 0
+  with writer.timer("update"):  # 2 and 4
+    pass
+  flops = {"text": 6e12, "vision": 2e12}
+  writer.write(1, {}, tokens=30, image_tokens=12, flops=flops)  # 6
+  writer.write(2, {}, flops=flops)  # no update, no rate
+  writer.close()
+  row, idle = lines(tmp_path)
+  limit = 8 * 1e12 * 2  # eight devices, two seconds
+  assert row["perf/mfu"] == pytest.approx(8e12 / limit)
+  assert row["perf/mfu_text"] == pytest.approx(6e12 / limit)
+  assert row["perf/mfu_vision"] == pytest.approx(2e12 / limit)
+  assert row["perf/tokens_per_s"] == 5 and row["perf/image_tokens_per_s"] == 2
+  assert not any(k.startswith("perf/mfu") for k in idle)

@@ -15,7 +15,7 @@ import pytest
 
 from pixel_jax.batch import Batch
 from pixel_jax.model import config as config_lib
-from pixel_jax.model import hf
+from pixel_jax.model import hf, layers
 from pixel_jax.model import qwen2_5_vl as model
 from pixel_jax.model.config import ModelConfig, TextConfig, VisionConfig
 from pixel_jax.pixels import geometry
@@ -443,6 +443,26 @@ def test_logp_is_log_softmax_whatever_the_chunk(chunk):
   jax.tree.map(lambda a, b: close(a, b, 1e-4), grads, jax.jit(jax.grad(slow))(params))
 
 
+def test_where_leaves_out_what_is_not_wanted():
+  config, params = ONE, noisy(ONE)
+  batch = pack([[example(config, 0, [9, IMAGE, 20]), example(config, 1, [11])]], 64, 24)
+  where = jnp.asarray(np.random.default_rng(0).random((1, 64)) < 0.4)
+
+  def loss(params, where):
+    out = model.token_logp(config, params, batch, 0.9, where)
+    kept = [jnp.where(mine, x, 0) for x in out]
+    return (kept[0] - 0.1 * kept[1]).sum(), out
+
+  mine = where
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  grads, got = grad(params, where)
+  want_grads, want = grad(params, None)
+  for a, b in zip(got, want):
+    np.testing.assert_allclose(a, jnp.where(where, b, 0), atol=1e-6)
+    assert 5 < np.count_nonzero(a) < np.count_nonzero(b)
+  jax.tree.map(lambda a, b: close(a, b, 1e-5), grads, want_grads)
+
+
 def test_logits_of_all_tokens_never_exist():
   """With chunks, the step needs less memory than f32[B T V] alone."""
   text = dataclasses.replace(ONE.text, vocab=50_000)
@@ -578,6 +598,38 @@ def test_runtime_options_change_nothing():
                   {"scan_layers": True, "remat": "full", "logp_chunk": 7}):  # fmt: skip
     got = run(dataclasses.replace(base, **options))
     jax.tree.map(lambda a, b: close(a, b, 1e-4), got, want)
+
+
+REMAT = ("none", "dots", "qkvo", "full")
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_remat_keeps_less_and_gives_the_same_gradient(scan):
+  """Of both towers; the vision tower of "tied" is scanned in periods."""
+  params = noisy(CONFIGS["tied"])
+  batch = pack([[example(CONFIGS["tied"], 0, [3, IMAGE, 9])]], 24, 24)
+  kept, grads = {}, {}
+  for remat in REMAT:
+    config = dataclasses.replace(CONFIGS["tied"], scan_layers=scan, remat=remat)
+
+    def loss(params, config=config):
+      return model.token_logp(config, params, batch)[0].sum()
+
+    grads[remat] = jax.jit(jax.grad(loss))(params)
+    # What a vjp closes over is what the forward pass hands to the backward pass.
+    residuals = jax.eval_shape(lambda p, loss=loss: jax.vjp(loss, p)[1], params)
+    kept[remat] = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(residuals))
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), grads[remat], grads["none"])
+  assert kept["none"] > 1.5 * kept["dots"] > 1.5 * kept["full"]
+  assert kept["dots"] > kept["qkvo"] > kept["full"], kept
+
+
+def test_an_unknown_remat_is_told():
+  with pytest.raises(ValueError, match="'half'.*none, dots, qkvo, full"):
+    config_lib.tiny(VOCAB, remat="half")
+  with pytest.raises(ValueError, match="'half'.*none, dots, qkvo, full"):
+    layers.checkpoint(lambda x: x, "half", scan=False)
+  assert tuple(layers.REMAT) == REMAT
 
 
 def test_bf16_runs_close_to_f32():

@@ -63,35 +63,83 @@ def test_norms_and_biases_do_not_decay():
   }
 
 
-def test_frozen_parameters_keep_their_bits_and_have_no_moments():
+FREEZE = ["^vision/", "/norm/"]
+
+
+def test_split_parts_and_merge_joins():
   p = params()
-  tx, _ = make(p, freeze=["^vision/", "/norm/"], weight_decay=0.1, clip_norm=1.0)
-  state = optim.init(tx, p)
-  x, state, _ = optim.apply(tx, params(1), p, state)
-  np.testing.assert_array_equal(x["vision"]["patch"]["w"], p["vision"]["patch"]["w"])
-  np.testing.assert_array_equal(x["text"]["norm"]["scale"], p["text"]["norm"]["scale"])
-  assert (x["text"]["q"]["w"] != p["text"]["q"]["w"]).any()
-  sizes = sorted(a.size for a in jax.tree.leaves(state) if a.ndim)
-  assert sizes == [4, 4, 32, 32]  # mu and nu of q/b and q/w
+  trained, frozen = optim.split(p, FREEZE)
+  assert optim.list_paths(trained) == ["text/q/b", "text/q/w"]
+  assert optim.list_paths(frozen) == ["text/norm/scale", "vision/patch/w"]
+  joined = optim.merge(trained, frozen)
+  assert jax.tree.structure(joined) == jax.tree.structure(p)
+  assert all(a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(p)))
+  assert optim.split(p, []) == (p, {}) and optim.merge(p, {}) == p
 
 
-def test_clipping_sees_the_trained_gradients_only():
+@hypothesis.given(st.lists(st.sampled_from(["^text", "q", "w$", "scale", "vi"])))
+def test_merge_inverts_split(freeze):
   p = params()
-  g = params(1)
-  huge = g | {"vision": jax.tree.map(lambda a: a * 1e6, g["vision"])}
-  tx, _ = make(p, freeze=["^vision/"], clip_norm=0.5)
-  one = optim.apply(tx, g, p, optim.init(tx, p))[0]
-  two = optim.apply(tx, huge, p, optim.init(tx, p))[0]
-  np.testing.assert_array_equal(one["text"]["q"]["w"], two["text"]["q"]["w"])
+  trained, frozen = optim.split(p, freeze)
+  assert jax.tree.structure(optim.merge(trained, frozen)) == jax.tree.structure(p)
+  assert not set(optim.list_paths(trained)) & set(optim.list_paths(frozen))
 
 
-def test_trained_stops_the_gradient():
-  def f(p):
-    return sum((x**2).sum() for x in jax.tree.leaves(optim.trained(p, ["^vision/"])))
+def test_nothing_is_kept_for_frozen_parameters():
+  """Neither gradients nor sums of them nor moments; checked on the compiled step."""
+  p = params()
+  tx, _ = make(p, freeze=FREEZE, weight_decay=0.1, clip_norm=1.0)
+  trained, frozen = optim.split(p, FREEZE)
+  state = optim.init(tx, trained)
+  assert sorted(a.size for a in jax.tree.leaves(state) if a.ndim) == [4, 4, 32, 32]
 
-  grads = jax.grad(f)(params())
-  assert (grads["vision"]["patch"]["w"] == 0).all()
-  assert (grads["text"]["q"]["w"] != 0).all()
+  def loss(trained, frozen, rows):
+    full = optim.merge(trained, frozen)
+    x = rows @ full["vision"]["patch"]["w"] * full["text"]["norm"]["scale"]
+    return ((x @ full["text"]["q"]["w"] + full["text"]["q"]["b"]) ** 2).sum()
+
+  @jax.jit
+  def step(trained, frozen, state, rows):
+    grads = optim.accumulate(
+      lambda part: jax.grad(loss)(trained, frozen, part), rows, 3
+    )
+    return optim.apply(tx, grads, trained, state)
+
+  rows = jnp.arange(36.0).reshape(6, 6)
+  compiled = step.lower(trained, frozen, state, rows).compile()
+  text = compiled.as_text()
+  made = [x for x in text.splitlines() if "= f32[6,8]" in x]  # like the frozen matrix
+  assert made and all("parameter(" in x or "get-tuple-element" in x for x in made)
+  assert "= f32[8,4]" in text  # as the trained one is made
+  new, _, _ = step(trained, frozen, state, rows)
+  assert (new["text"]["q"]["w"] != p["text"]["q"]["w"]).any()
+
+
+@pytest.mark.parametrize("parts", [1, 2, 6])
+def test_parts_of_the_rows_add_up(parts):
+  rows = {"a": jnp.arange(12.0).reshape(12, 1), "b": jnp.ones((12, 2, 3))}
+
+  def function(part):
+    assert part["a"].shape == (12 // parts, 1)
+    return {"sum": (part["a"] ** 2).sum() + part["b"].sum()}
+
+  got = jax.jit(lambda r: optim.accumulate(function, r, parts))(rows)
+  assert got["sum"] == sum(i**2 for i in range(12)) + 72
+
+
+def test_parts_take_rows_of_every_device():
+  """No row moves to another device: the parts are strided, not blocks."""
+  mesh = parallel.make_mesh(data=4, fsdp=2)
+  x = parallel.put_rows(mesh, np.arange(32.0).reshape(16, 2))
+  text = (
+    jax.jit(lambda r: optim.accumulate(lambda p: p.sum(0), r, 2))
+    .lower(x)
+    .compile()
+    .as_text()
+  )
+  for move in ("all-to-all", "all-gather", "collective-permute"):
+    assert move not in text
+  assert "all-reduce" in text
 
 
 @hypothesis.settings(deadline=None, max_examples=30)
@@ -126,7 +174,7 @@ def test_moments_lie_where_their_parameters_lie():
   layout = parallel.shardings(mesh, AXES, p)
   p = jax.device_put(p, layout)
   tx, _ = make(p, freeze=["norm"])
-  state = optim.init(tx, p)
+  state = optim.init(tx, optim.split(p, ["norm"])[0])
   specs = {a.shape: a.sharding.spec for a in jax.tree.leaves(state) if a.ndim}
   w = layout["text"]["q"]["w"].spec
   assert specs[8, 4] == w == jax.sharding.PartitionSpec("fsdp", "tensor")

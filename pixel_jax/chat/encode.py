@@ -60,6 +60,9 @@ class Codec:
   tools: bool = True  # False: no operations are offered, every turn is an answer
   video_frames: int = 16  # of a longer clip, so many are shown, evenly spaced
   crop_source: str = "original"  # "view": crops from what was shown, as released
+  # Bicubic resize to (width, height).  The engine may put one here that runs on its
+  # device (pixels/resample.py); the bytes are the same.
+  resize: Callable[[Image.Image, tuple[int, int]], Image.Image] = image.bicubic
 
   def __post_init__(self):
     tools.check_profile(self.profile)
@@ -79,7 +82,9 @@ class Codec:
     """The view of a picture in the pixel budget of its role."""
     fewest, most = self.budgets[role]
     factor = self.patch * self.merge
-    return image.resize(picture, min_pixels=fewest, max_pixels=most, factor=factor)
+    return image.resize(
+      picture, min_pixels=fewest, max_pixels=most, factor=factor, by=self.resize
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,8 +316,7 @@ def view_frames(
   """The frames in the budget of `role`, all of the size of the first."""
   first = codec.shrink(frames[0], role)
   return [first] + [
-    f if f.size == first.size else f.resize(first.size, Image.Resampling.BICUBIC)
-    for f in frames[1:]
+    f if f.size == first.size else codec.resize(f, first.size) for f in frames[1:]
   ]
 
 

@@ -10,6 +10,7 @@ Padding is segment 0 like any other: padded queries give finite values nobody re
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 NEVER = -1e30  # not -inf: a row that sees nothing stays finite
@@ -137,7 +138,8 @@ def _span(q, queries, k, v, keys):
   # Recompute the scores in the backward pass rather than keep those of all chunks.
   chunk = jax.checkpoint(chunk, prevent_cse=False)
   xs = split(q, 2), jax.tree.map(lambda x: split(x, 1), queries)
-  out = jnp.moveaxis(jax.lax.map(chunk, xs), 0, 2)  # B N n CHUNK H
+  out = name(jax.lax.map(chunk, xs), "heads")
+  out = jnp.moveaxis(out, 0, 2)  # B N n CHUNK H
   return out.reshape(B, N, -1, H)[:, :, :T]
 
 
@@ -173,5 +175,6 @@ def _weigh(scores, v, equation):
   top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
   weights = jnp.exp(scores - top)
   total = weights.sum(axis=-1, keepdims=True)
-  out = jnp.einsum(equation, weights.astype(v.dtype), v)
+  # Named before the division, whose backward pass reads it.
+  out = name(jnp.einsum(equation, weights.astype(v.dtype), v), "heads")
   return (out / total).astype(v.dtype)

@@ -100,7 +100,7 @@ class ModelConfig:
   eos_token: int = 151_645
   # How it runs; no checkpoint depends on what follows.
   dtype: str = "float32"  # of the activations; parameters are cast to it, norms are not
-  remat: str = "none"  # "full": keep only what enters a block
+  remat: str = "none"  # what the backward pass computes again; `layers.run`
   scan_layers: bool = True  # False: unrolled, faster for 2-3 layers on a CPU
   attention: str = "xla"  # "impl" of attention.py
   logp_chunk: int = 1024  # tokens of the whole batch whose logits exist at one time
@@ -119,7 +119,7 @@ class ModelConfig:
       )
     for name, allowed in {
       "dtype": ("float32", "bfloat16"),
-      "remat": ("none", "full"),
+      "remat": ("none", "dots", "qkvo", "full"),
       "attention": ("xla",),
     }.items():
       if getattr(self, name) not in allowed:

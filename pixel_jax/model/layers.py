@@ -107,6 +107,34 @@ def gated_mlp(block: nnx.Module, x: Float[Array, "B T D"]) -> Float[Array, "B T 
   return block.down(jax.nn.silu(block.gate(x)) * block.up(x))
 
 
+# What the backward pass of a block finds, rather than computes again; more memory and
+# less work from the last to the first.
+REMAT: dict[str, Callable[..., Any] | None] = {
+  "none": jax.checkpoint_policies.everything_saveable,
+  # Results of matmuls with weights, not of those between activations (attention).
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  # What attention reads and gives: neither projections nor the sum over values again.
+  "qkvo": jax.checkpoint_policies.save_only_these_names("q", "k", "v", "heads"),
+  "full": None,  # nothing but what enters the block
+}
+
+
+def checkpoint(step: Callable[..., Any], remat: str, *, scan: bool) -> Callable:
+  """`step`, one block, that keeps what the policy `remat` says.
+
+  Args:
+    remat: "none", "dots", "qkvo" or "full", see `REMAT`; the names that "qkvo" saves
+      are given in the blocks and in attention.py.
+    scan: the step is the body of a scan, which separates forward and backward by
+      itself: common subexpressions may be eliminated.
+  """
+  if remat not in REMAT:
+    raise ValueError(f"remat is {remat!r}; known: {', '.join(REMAT)}.")
+  if remat == "none":
+    return step
+  return jax.checkpoint(step, prevent_cse=not scan, policy=REMAT[remat])
+
+
 def run(
   blocks: nnx.Module,
   body: Callable[[nnx.Module, PyTree, Any], PyTree],
@@ -120,7 +148,7 @@ def run(
   Args:
     blocks: a module whose leaves have the leading axis L.
     scan: one compiled block, looped over; else L copies of it.
-    remat: "full" keeps only the carry of each block for the backward pass.
+    remat: what is kept for the backward pass, a name of `checkpoint`.
   """
   graphdef, state = nnx.split(blocks)
   depth = jax.tree.leaves(state)[0].shape[0]
@@ -128,13 +156,16 @@ def run(
   def layer(index, carry, state):
     return body(nnx.merge(graphdef, state), carry, index)
 
-  def wrap(step):  # a scan separates forward and backward by itself: CSE may run
-    return jax.checkpoint(step, prevent_cse=not scan) if remat == "full" else step
-
   if scan:
-    step = wrap(lambda carry, xs: (layer(xs[1], carry, xs[0]), None))
+    step = checkpoint(
+      lambda carry, xs: (layer(xs[1], carry, xs[0]), None), remat, scan=True
+    )
     return jax.lax.scan(step, carry, (state, jnp.arange(depth)))[0]
+  # Cut at once: the gradient is one concatenation, where that of w[i] is a whole stack
+  # of zeros for each layer, all to be added.
+  leaves, treedef = jax.tree.flatten(state)
+  cut = [jax.lax.split(w, [1] * depth) for w in leaves]
   for i in range(depth):  # the index stays a Python number
-    step = wrap(functools.partial(layer, i))
-    carry = step(carry, jax.tree.map(lambda w, i=i: w[i], state))
+    step = checkpoint(functools.partial(layer, i), remat, scan=False)
+    carry = step(carry, jax.tree.unflatten(treedef, [w[i][0] for w in cut]))
   return carry

@@ -18,10 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pixel_jax.batch import Batch, Cache
-from pixel_jax.model import lora, table
+from pixel_jax.model import logp, lora, table
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.model.text import Text
 from pixel_jax.model.vision import Vision
@@ -134,56 +134,38 @@ def forward(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
 
 
 def token_logp(
-  config: ModelConfig, params: Params, batch: Batch, temperature: float = 1.0
+  config: ModelConfig,
+  params: Params,
+  batch: Batch,
+  temperature: float = 1.0,
+  where: Bool[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
   """Log-prob of tokens[t] and the entropy it was drawn from, f32[B T].
 
   Both are of the distribution after the tokens before t in its segment; 0 at the first
   token of a segment and at padding.  The logits of at most `config.logp_chunk` tokens
-  exist at a time: chunks of T, each recomputed in the backward pass, so rows may be
-  sharded.
+  exist at a time, and the head runs only where it is asked to (logp.py).
+
+  Args:
+    where: tokens whose log-prob is wanted; elsewhere both are 0.  None = all.
   """
   hidden = forward(config, params, batch)
-  B, T = batch.tokens.shape
-  labels = jnp.roll(batch.tokens, -1, axis=1)  # position t - 1 predicts token t
-  text = _model(config, params).text
-
-  def score(hidden, labels):
-    logits = text.logits(hidden) / temperature
-    top = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-    logits = logits - top
-    weights = jnp.exp(logits)
-    total = weights.sum(axis=-1)
-    label = jnp.arange(logits.shape[-1]) == labels[..., None]
-    # A masked sum, not a gather: its transpose is a select, not a scatter.
-    chosen = jnp.where(label, logits, 0).sum(axis=-1)
-    mean = (weights * logits).sum(axis=-1) / total
-    log_total = jnp.log(total)
-    return chosen - log_total, log_total - mean
-
-  chunk = max(1, config.logp_chunk // B)
-  if chunk >= T:
-    logp, entropy = score(hidden, labels)
-  else:
-    n = -(-T // chunk)
-    chunk = -(-T // n)
-    pad = n * chunk - T
-
-    def split(x):  # B T .. -> n B chunk ..
-      x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-      return jnp.swapaxes(x.reshape(B, n, chunk, *x.shape[2:]), 0, 1)
-
-    step = jax.checkpoint(lambda xs: score(*xs), prevent_cse=False)
-    out = jax.lax.map(step, (split(hidden), split(labels)))
-    logp, entropy = (jnp.swapaxes(x, 0, 1).reshape(B, -1)[:, :T] for x in out)
-
   segment = batch.segment
   known = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
-
-  def shift(x):
-    return jnp.pad(jnp.where(known, x[:, :-1], 0), [(0, 0), (1, 0)])
-
-  return shift(logp), shift(entropy)
+  if where is not None:
+    known &= where[:, 1:]
+  head, equation = _model(config, params).text.output()
+  # Position t - 1 predicts token t; the last one predicts nothing.
+  out = logp.chosen(
+    hidden,
+    head,
+    jnp.roll(batch.tokens, -1, axis=1),
+    jnp.pad(known, [(0, 0), (0, 1)]),
+    equation=equation,
+    temperature=temperature,
+    limit=config.logp_chunk,
+  )
+  return tuple(jnp.pad(x[:, :-1], [(0, 0), (1, 0)]) for x in out)
 
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:

@@ -153,7 +153,7 @@ def adapters(config: ModelConfig) -> tuple[Row, ...]:
     if row.path not in chosen:
       continue
     (outer, inner), ours = parse(row.equation)
-    axis = dict(zip((a for a, in ours), row.axes[row.stacked :], strict=True))
+    axis = dict(zip((a for (a,) in ours), row.axes[row.stacked :], strict=True))
     lead = row.axes[: row.stacked]
     name, path = row.name.removesuffix("weight"), row.path.removesuffix("w")
     found += [

@@ -8,6 +8,7 @@ the same block; they differ in where its keys and values come from.  Not here: i
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 from pixel_jax.batch import Cache
@@ -42,7 +43,8 @@ class Block(nnx.Module):
   def qkv(self, x: Float[Array, "B T D"], table):
     """q [B N T H], k and v [B K T H], rotary applied."""
     x = self.attn_norm(x)
-    return rope.rotate(self.q(x), table), rope.rotate(self.k(x), table), self.v(x)
+    q, k = rope.rotate(self.q(x), table), rope.rotate(self.k(x), table)
+    return name(q, "q"), name(k, "k"), name(self.v(x), "v")
 
   def close(
     self, x: Float[Array, "B T D"], heads: Float[Array, "B N T H"]
@@ -130,11 +132,14 @@ class Text(nnx.Module):
 
   def logits(self, x: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
     """f32 logits of normed hidden states."""
-    if self.head is None:
-      w, equation = self.embed.w[...], "BTD,VD->BTV"
-    else:
-      w, equation = self.head.w[...], self.head.equation
+    w, equation = self.output()
     return jnp.einsum(equation, x, w, preferred_element_type=jnp.float32)
+
+  def output(self) -> tuple[Float[Array, "..."], str]:
+    """The weight that gives logits and its equation; a tied model's is its embedding."""
+    if self.head is None:
+      return self.embed.w[...], "BTD,VD->BTV"
+    return self.head.w[...], self.head.equation
 
 
 def _write(

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int, UInt8
 
 from pixel_jax.model import layers, rope
@@ -54,8 +55,10 @@ class Block(nnx.Module):
     self.down = Linear("BPF,FD->BPD", (F, D), **kwargs)
 
   def __call__(self, x: Float[Array, "B P D"], table, attend) -> Float[Array, "B P D"]:
-    q, k, v = self.qkv(self.attn_norm(x))
-    x = x + self.o(attend(rope.rotate(q, table), rope.rotate(k, table), v))
+    # Cut at once, so that the gradients of the three are joined and not added.
+    q, k, v = (y[0] for y in jax.lax.split(self.qkv(self.attn_norm(x)), [1] * 3))
+    q, k = rope.rotate(q, table), rope.rotate(k, table)
+    x = x + self.o(attend(name(q, "q"), name(k, "k"), name(v, "v")))
     return x + layers.gated_mlp(self, self.mlp_norm(x))
 
 
@@ -127,7 +130,7 @@ class Vision(nnx.Module):
       if period > 1:
         x = layers.run(head, window_body, x, scan=True, remat=remat)
       full = functools.partial(last, table=table, attend=in_image)
-      return jax.checkpoint(full, prevent_cse=False)(x) if remat == "full" else full(x)
+      return layers.checkpoint(full, remat, scan=True)(x)
 
     graphdef, state = nnx.split(self.blocks)
     periods = jax.tree.map(lambda w: w.reshape(-1, period, *w.shape[1:]), state)

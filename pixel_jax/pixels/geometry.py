@@ -96,6 +96,13 @@ def window_order(
   return _plan(tuple(int(n) for n in grid), window, patch, merge).order
 
 
+def patch_positions(
+  grid: Grid, *, window: int = WINDOW, patch: int = PATCH, merge: int = MERGE
+) -> np.ndarray:
+  """i32[P 2]: (row, column) of the patch at each place of the window order."""
+  return _plan(tuple(int(n) for n in grid), window, patch, merge).patch_pos
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Plan:
   order: np.ndarray  # i32[M]

@@ -18,6 +18,7 @@ with two deviations, both in `load_image`:
 import io
 import math
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -144,10 +145,20 @@ def smart_resize(
   return h, w
 
 
+def bicubic(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+  """The picture at (width, height) by PIL; `resample.Resize` is the same on a device."""
+  return image.resize(size, Image.Resampling.BICUBIC)
+
+
 def resize(
-  image: Image.Image, *, min_pixels: int, max_pixels: int, factor: int = FACTOR
+  image: Image.Image,
+  *,
+  min_pixels: int,
+  max_pixels: int,
+  factor: int = FACTOR,
+  by: Callable[[Image.Image, tuple[int, int]], Image.Image] = bicubic,
 ) -> Image.Image:
-  """The picture at its `smart_resize` size (PIL bicubic); itself if it has it."""
+  """The picture at its `smart_resize` size, made by `by`; itself if it has it."""
   height, width = smart_resize(
     image.height,
     image.width,
@@ -157,7 +168,7 @@ def resize(
   )
   if image.size == (width, height):
     return image
-  return image.resize((width, height), Image.Resampling.BICUBIC)
+  return by(image, (width, height))
 
 
 # ---- Patches -------------------------------------------------------------------------

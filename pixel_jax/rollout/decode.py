@@ -7,7 +7,7 @@ slot is (`Slots.length`, `Turns.length`); `cache.length` is never trusted betwee
 
 The log-prob of a sampled token is that of softmax(logits / temperature) BEFORE top-k
 and top-p cut it: the number that `qwen2_5_vl.token_logp` gives at that temperature.
-Greedy decoding reports the same number.  A forced token or a ban reports that of the
+Greedy decoding and forced tokens report the same number.  Under a ban it is that of the
 distribution under the ban; such rollouts are for evaluation only.
 
 Not here: what an end of turn means, conversations, pictures (features arrive encoded).
@@ -73,7 +73,7 @@ class Slots:
   position: jax.Array  # i32[B]    its position (text: the three are equal)
   budget: jax.Array  # i32[B]    tokens the turn may still have; 0 = idle
   key: jax.Array  # u32[B 2]  of the sequence
-  forced: jax.Array  # i32[B]    the first token of this chunk; -1 = free
+  forced: jax.Array  # i32[B chunk]  tokens to be said, step by step; -1 = free
 
 
 def encode(
@@ -126,12 +126,16 @@ def fork(
 
 
 def sample(
-  logits: jax.Array, key: jax.Array, sampling: Sampling
+  logits: jax.Array,
+  key: jax.Array,
+  sampling: Sampling,
+  forced: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Draws one token per row of f32[B V]: (token i32[B], log-prob f32[B]).
 
   Args:
     key: u32[B 2], one per row and token, so that no row depends on another.
+    forced: i32[B], taken instead of a drawn token; -1 = free.
   """
   full = jax.nn.log_softmax(logits / sampling.temperature)
   if sampling.greedy:
@@ -145,6 +149,8 @@ def sample(
     )(key)
     token = (scores + noise).argmax(axis=-1)
   token = token.astype(jnp.int32)
+  if forced is not None:
+    token = jnp.where(forced < 0, token, forced)
   return token, jnp.take_along_axis(full, token[:, None], axis=-1)[:, 0]
 
 
@@ -202,12 +208,10 @@ def decode(
       on.astype(jnp.int32), jnp.full((B, 1), -1), view=view,
     )  # fmt: skip
     logits = qwen2_5_vl.logits(config, params, hidden[:, 0])
-    forced = (step == 0) & (slots.forced >= 0)
-    only = jnp.arange(logits.shape[-1]) == slots.forced[:, None]
-    logits = jnp.where(jnp.where(forced[:, None], ~only, banned), -jnp.inf, logits)
+    logits = jnp.where(banned, -jnp.inf, logits)
     # The token's index in its sequence, whichever slot and chunk it falls into.
     key = jax.vmap(_fold_in)(slots.key, slots.length + step + 1)
-    token, lp = sample(logits, key, sampling)
+    token, lp = sample(logits, key, sampling, slots.forced[:, step])
     tokens = tokens.at[:, step].set(jnp.where(on, token, 0))
     logp = logp.at[:, step].set(jnp.where(on, lp, 0))
     count = count + on

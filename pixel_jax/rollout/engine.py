@@ -31,6 +31,7 @@ from pixel_jax.batch import Cache
 from pixel_jax.chat.encode import Codec, Conversation
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
+from pixel_jax.pixels import resample
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode, pictures
 from pixel_jax.rollout.episode import Episode
@@ -39,6 +40,9 @@ from pixel_jax.rollout.table import Table
 from pixel_jax.trajectory import Task, Trajectory
 
 CALL = ("<tool_call>", "<tool_call>\n", '<tool_call>{"')  # how a call may begin
+Script = Callable[
+  [Task, int], Sequence[Sequence[int]]
+]  # (task, sample) -> turns of ids
 TOKENS = 16_384  # of one prefill or extend call, where the caller does not say
 
 
@@ -65,6 +69,7 @@ class Engine:
     delay: chunks an operation may take while the other slots decode.
     views: cache lengths that attention is compiled for; None = max_len alone.
     workers: threads that run operations and prepare prompts.
+    zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
 
   def __init__(
@@ -84,7 +89,12 @@ class Engine:
     delay: int = 1,
     views: Sequence[int] | None = None,
     workers: int = 2,
+    zoom: str = "host",
   ):
+    if zoom not in ("host", "device"):
+      raise ValueError(f"{zoom=} is unknown; allowed: 'host', 'device'.")
+    if zoom == "device":
+      codec = dataclasses.replace(codec, resize=resample.Resize())
     if min(slots, prompt_len, extend_len, chunk) < 1 or not prompt_len < max_len:
       raise ValueError(
         f"{slots=}, {max_len=}, {prompt_len=}, {extend_len=}, {chunk=}: all are positive "
@@ -112,7 +122,6 @@ class Engine:
     words = codec.tokenizer
     self._stops = (words.im_end, words.endoftext)
     self._calls = sorted({words.encode(text)[0] for text in CALL})
-    self._force = words.encode(CALL[1])[0]
     self.stats: dict[str, float] = {}
     self._programs: dict[str, Callable] = {}
     self._where = None  # what the programs were compiled for
@@ -140,6 +149,7 @@ class Engine:
     top_k: int = 0,
     greedy: bool = False,
     force: str | None = None,
+    script: Script | None = None,
     swap: Callable[[Task], Task] | None = None,
     progress: Callable[[int], None] | None = None,
   ) -> list[list[Finished]]:
@@ -151,17 +161,24 @@ class Engine:
       max_new_tokens: of one turn; a turn that does not end within them stops "length".
       force: for evaluation.  "answer": no token that begins a call is ever drawn;
         "operate": the first turn begins with a call.
+      script: ids that a rollout is made to say, turn by turn; beyond them it is free.
+        A stop id ends the turn as ever, and log-probs are those of the model.
       swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
       progress: called with the number of rollouts that have ended since the last call.
     """
     if force not in (None, "answer", "operate"):
       raise ValueError(f"{force=} is unknown; allowed: None, 'answer', 'operate'.")
+    if force == "operate":
+      if script is not None:
+        raise ValueError(
+          "force='operate' is a script of one token: give it or a script, not both."
+        )
+      script = self._begin_with_a_call
     sampling = decode.Sampling(temperature, top_p, top_k, greedy)
     limits = dict(
       max_len=self.max_len, max_turns=max_turns, max_new_tokens=max_new_tokens
     )
     table = self._table(params, banned=self._calls if force == "answer" else [])
-    forced = self._force if force == "operate" else -1
     plan = Scheduler(
       slots=self.slots, groups=len(tasks), group_size=group_size, delay=self.delay
     )
@@ -192,7 +209,9 @@ class Engine:
             last = s.sample == group_size - 1
             prompt = prompts.pop(s.group) if last else prompts[s.group]
             key = _key(seed, step, tasks[s.group].id, s.sample)
-            table.begin(s.slot, Episode(prompt.fork(s.sample), **limits), key, forced)
+            turns = self._turns(script, tasks[s.group], s.sample)
+            episode = Episode(prompt.fork(s.sample), script=turns, **limits)
+            table.begin(s.slot, episode, key)
             starts[s.slot] = s
         with watch("prefill"):
           table.fork([(s.home, s.slot) for s in begun])
@@ -221,6 +240,20 @@ class Engine:
         plan.tick()
     self.stats = self._summary(table, watch.seconds)
     return results
+
+  def _begin_with_a_call(self, task: Task, sample: int) -> Sequence[Sequence[int]]:
+    return [self.codec.tokenizer.encode(CALL[1])[:1]]
+
+  def _turns(self, script: Script | None, task: Task, sample: int) -> list[list[int]]:
+    turns = [[int(i) for i in turn] for turn in script(task, sample)] if script else []
+    vocab = self.config.text.vocab
+    bad = [i for turn in turns for i in turn if not 0 <= i < vocab]
+    if bad:
+      raise ValueError(
+        f"the script of task {task.id}, sample {sample} has the id {bad[0]}; ids are "
+        f"0 to {vocab - 1}."
+      )
+    return turns
 
   def _prompt(self, task: Task, load_media: Callable, swap) -> Conversation:
     conversation = Conversation(self.codec, task, load_media)

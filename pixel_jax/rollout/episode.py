@@ -28,6 +28,7 @@ class Episode:
     max_len: ids of the whole conversation at most.
     max_turns: turns of the policy; the last of them cannot operate.
     max_new_tokens: of one turn.
+    script: ids that the policy is made to say, turn by turn; beyond them it is free.
   """
 
   def __init__(
@@ -37,12 +38,14 @@ class Episode:
     max_len: int,
     max_turns: int,
     max_new_tokens: int,
+    script: Sequence[Sequence[int]] = (),
   ):
     if min(max_turns, max_new_tokens) < 1:
       raise ValueError(f"{max_turns=}, {max_new_tokens=}: both must be positive.")
     self.conversation = conversation
     self._max_len, self._max_turns = max_len, max_turns
     self._max_new_tokens = max_new_tokens
+    self._script = script
     self._turns = 0  # that have ended
     self._turn: tuple[list[int], list[float]] = ([], [])  # ids, log-probs so far
 
@@ -69,6 +72,11 @@ class Episode:
     turn = len(self._turn[0])
     room = self._max_len - len(self.ids) - turn
     return max(0, min(self._max_new_tokens - turn, room))
+
+  @property
+  def forced(self) -> Sequence[int]:
+    """What the turn that begins now is made to say."""
+    return self._script[self._turns] if self._turns < len(self._script) else ()
 
   def feed(self, ids: Sequence[int], logp: Sequence[float], ended: bool) -> str:
     """Takes what was sampled; `ended` says that the last id ends the turn."""

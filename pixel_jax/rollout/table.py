@@ -51,13 +51,13 @@ class Table:
     self._last = np.zeros(B, np.int32)
     self._position = np.zeros(B, np.int32)
     self._budget = np.zeros(B, np.int32)
-    self._forced = np.full(B, -1, np.int32)
+    self._forced: list[Sequence[int]] = [()] * B  # of the turn, not yet said
     self._key = np.zeros((B, 2), np.uint32)
 
-  def begin(self, slot: int, episode: Episode, key: np.ndarray, forced: int) -> None:
+  def begin(self, slot: int, episode: Episode, key: np.ndarray) -> None:
     """A conversation enters an empty slot; its prompt is fed or forked next."""
     self.episodes[slot] = episode
-    self._length[slot], self._key[slot], self._forced[slot] = 0, key, forced
+    self._length[slot], self._key[slot] = 0, key
 
   def fork(self, pairs: Sequence[tuple[int, int]]) -> None:
     """Copies the prompt of each (home, slot); they are prompts of one conversation."""
@@ -123,6 +123,7 @@ class Table:
     self._last[slot] = episode.ids[-1]
     self._position[slot] = episode.positions[-1][0]
     self._budget[slot] = episode.budget
+    self._forced[slot] = episode.forced
 
   def decode(self, slots: Sequence[int], sampling: decode.Sampling) -> list[Sampled]:
     """Samples a chunk in these slots; the one place where the host waits."""
@@ -130,13 +131,19 @@ class Table:
     on[slots] = True
     reach = (self._length + np.minimum(self._budget, self._chunk))[on].max()
     view = next(v for v in self._views if v >= reach)
+    forced = np.full((len(on), self._chunk), -1, np.int32)
+    for slot in slots:
+      said = self._forced[slot][: self._chunk]
+      forced[slot, : len(said)] = said
+      # A turn that goes on has used up the chunk.
+      self._forced[slot] = self._forced[slot][self._chunk :]
     standing = decode.Slots(
       length=self._length,
       last=self._last,
       position=self._position,
       budget=np.where(on, self._budget, 0),
       key=self._key,
-      forced=self._forced,
+      forced=forced,
     )
     self._cache, *out = self._programs["decode"](
       self._params, self._cache, standing, self._banned, sampling=sampling, view=view
@@ -146,7 +153,6 @@ class Table:
     self._position += count
     self._budget -= count
     self._last = np.where(on, tokens[np.arange(len(on)), count - 1], self._last)
-    self._forced[on] = -1
     self.stats["chunks"] += 1
     self.stats["host_syncs"] += 1
     self.stats["steps"] += int(count.max())
