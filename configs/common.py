@@ -95,6 +95,12 @@ def engine(size):
   )
 
 
+def lora():
+  """Adapters: rank 0 = none, every weight is trained."""
+  # targets: regular expressions of linear layers; "^vision/" adapts tower and merger.
+  return dict(rank=0, alpha=64.0, targets=("^text/blocks/",))
+
+
 def mesh(size):
   """Keyword arguments of `parallel.make_mesh`; -1 takes the devices that are left."""
   if size == "tiny":

@@ -23,6 +23,7 @@ def get_config(arg="tiny"):
   c.keep_trajectories_every = 1  # steps
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
+  c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
   c.mesh = common.mesh(arg.size)
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)

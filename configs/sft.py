@@ -50,6 +50,7 @@ def get_config(arg="tiny"):
   c.init = ""  # a workdir or a converted checkpoint; "" = random weights
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
+  c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
   c.mesh = common.mesh(arg.size)
   c.data = dict(  # pipeline.batches
     uri="jsonl:train.jsonl",

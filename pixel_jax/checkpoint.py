@@ -175,9 +175,7 @@ def load_params(
   """
   where = _locate(directory)
   if abstract is None:
-    abstract = jax.tree.map(
-      lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), _stored(where / PARAMS)
-    )
+    abstract = stored(directory)
   _check(where / PARAMS, abstract)
   if shardings is None:
     if jax.process_count() > 1:
@@ -190,6 +188,14 @@ def load_params(
   with ocp.StandardCheckpointer() as checkpointer:
     params = checkpointer.restore(where / PARAMS, target)
   return params, load_extra(directory)
+
+
+def stored(directory: str | pathlib.Path) -> dict:
+  """Tree of ShapeDtypeStruct of the parameters that `load_params` finds."""
+  return jax.tree.map(
+    lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype),
+    _stored(_locate(directory) / PARAMS),
+  )
 
 
 def load_extra(directory: str | pathlib.Path) -> dict:

@@ -195,7 +195,7 @@ def list_paths(params: dict) -> list[str]:
 
 
 def _is_decayed(path: str) -> bool:
-  return path.endswith("/w") or path == "w"  # matrices; not scales, not biases
+  return path.split("/")[-1] in ("w", "lora_a", "lora_b")  # not scales, not biases
 
 
 def _by_path(function: Callable[[str], Any]) -> Callable[[dict], dict]:

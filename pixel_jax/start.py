@@ -13,6 +13,7 @@ import shutil
 import sys
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -20,7 +21,7 @@ from pixel_jax import checkpoint, metrics, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
-from pixel_jax.model import hf, qwen2_5_vl
+from pixel_jax.model import hf, lora, qwen2_5_vl, table
 
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
@@ -121,23 +122,45 @@ class Policy:
   codec: encode.Codec
   params: dict
   source: str  # where the parameters came from
+  base: str | None = None  # the Hugging Face folder they were first imported from
 
   @property
-  def config_json(self) -> dict:
-    """The config.json of the model, stored beside every checkpoint."""
-    return model_config.to_hf(self.config)
+  def extra(self) -> dict:
+    """Stored beside every checkpoint: what it takes to open it without a config."""
+    adapters = self.config.lora
+    return {
+      "model": model_config.to_hf(self.config),
+      "lora": dataclasses.asdict(adapters) if adapters else None,
+      "hf": self.base,
+    }
 
 
 def open_policy(
-  init: str, *, model: dict, codec: dict, mesh, seed: int, workdir: pathlib.Path
+  init: str,
+  *,
+  model: dict,
+  codec: dict,
+  mesh,
+  seed: int,
+  workdir: pathlib.Path,
+  adapters: dict | None = None,
 ) -> Policy:
   """The policy of `init`, or a fresh one with the tiny tokenizer when `init` is empty.
 
-  `model` and `codec` are the config sections: name, dtype, remat, ... and profile,
-  budgets, ...  The tokenizer is copied into the workdir, so that every run can talk.
+  `model`, `codec` and `adapters` (`config.lora`) are the config sections: name, dtype,
+  remat, ..., profile, budgets, ... and rank, alpha, targets.  The tokenizer is copied
+  into the workdir, so that every run can talk.
+
+  Args:
+    adapters: rank > 0 trains those of `init`, or new ones where it has none; rank 0
+      trains the whole model, those of `init` merged into it.  None = nothing is
+      trained: they are merged too, and the weights may be bfloat16.
   """
   model = dict(model)
   name = model.pop("name")
+  asked, extra = None, {}
+  if adapters and adapters["rank"]:
+    asked = call("lora", lora.Config, **adapters)
   if init:
     root = pathlib.Path(init).expanduser().resolve()
     if not root.exists():
@@ -167,24 +190,74 @@ def open_policy(
   if not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
     shutil.copytree(root / "tokenizer", workdir / "tokenizer")
-  config = call("model", dataclasses.replace, config, **model)
-  abstract = qwen2_5_vl.abstract(config)
-  shardings = parallel.shardings(mesh, hf.logical_axes(config), abstract)
+  config = call("model", dataclasses.replace, config, **model, lora=asked)
+  call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
-    params = checkpoint.load_params(root, abstract, shardings)[0]
+    found = extra.get("lora") and lora.Config(**extra["lora"])
+    whole = adapters is not None and asked is None
+    params = load(root, config, found, mesh=mesh, seed=seed, whole=whole)
   else:
-    params = qwen2_5_vl.init(config, jax.random.key(seed), shardings)
+    params = qwen2_5_vl.init(config, jax.random.key(seed), layout(config, mesh))
   v = config.vision
-  layout = dict(window=v.window, patch=v.patch, temporal=v.temporal, merge=v.merge)
+  cut = dict(window=v.window, patch=v.patch, temporal=v.temporal, merge=v.merge)
   talk = call(
     "codec",
     encode.Codec,
     tokenizer=words,
     tokens_per_second=v.tokens_per_second,
-    **layout,
+    **cut,
     **codec,
   )
-  return Policy(config, talk, params, init or "fresh")
+  return Policy(config, talk, params, init or "fresh", extra.get("hf"))
+
+
+def load(
+  root: pathlib.Path,
+  config: model_config.ModelConfig,
+  found: lora.Config | None,
+  *,
+  mesh,
+  seed: int,
+  whole: bool,
+) -> dict:
+  """The parameters at `root` as those of `config`: adapters kept, merged or added.
+
+  Args:
+    found: the adapters that are stored there.
+    whole: every weight is to be trained, so all must be f32; else bfloat16 ones stay so.
+  """
+  stored = dataclasses.replace(config, lora=found)
+  if found and config.lora:
+    same = table.adapted(stored) == table.adapted(config)
+    if not same or (found.rank, found.alpha) != (config.lora.rank, config.lora.alpha):
+      raise ConfigError(
+        f"config.lora: {root} has adapters of rank={found.rank}, alpha={found.alpha}, "
+        f"targets={found.targets}; go on with the same, or merge them first: "
+        "python tools/convert.py export, then import"
+      )
+  want = table.unnest(qwen2_5_vl.abstract(stored))
+  if not whole:
+    have = table.unnest(checkpoint.stored(root))
+    for path in want.keys() & have.keys():
+      if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path):
+        want[path] = want[path].update(dtype=jnp.bfloat16)
+  params = checkpoint.load_params(root, table.nest(want), layout(stored, mesh))[0]
+  if found and not config.lora:
+    return qwen2_5_vl.merge(stored, params)
+  if config.lora and not found:
+    return qwen2_5_vl.adapt(config, params, jax.random.key(seed), layout(config, mesh))
+  return params
+
+
+def layout(config: model_config.ModelConfig, mesh) -> dict:
+  """Where the parameters lie: a tree of shardings."""
+  abstract = qwen2_5_vl.abstract(config)
+  return parallel.shardings(mesh, hf.logical_axes(config), abstract)
+
+
+def frozen(config: ConfigDict) -> tuple[str, ...]:
+  """What is not trained: `optim.freeze`, or with LoRA all but the adapters."""
+  return (r"(?<!/lora_[ab])$",) if config.lora.rank else tuple(config.optim.freeze)
 
 
 def describe(config: ConfigDict, policy: Policy, mesh) -> None:

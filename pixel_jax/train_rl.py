@@ -35,12 +35,12 @@ def main(config, workdir):
     mesh=mesh,
     seed=config.seed,
     workdir=workdir,
+    adapters=config.lora,
   )
+  freeze = start.frozen(config)
   updates = config.total_steps * config.rl.minibatches
-  tx, schedule = start.call(
-    "optim", optim.make, policy.params, total_steps=updates, **config.optim
-  )
-  freeze = config.optim.freeze
+  settings = {**config.optim, "freeze": freeze, "total_steps": updates}
+  tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
   look = functools.partial(
     sources.open_source, root=config.data.root, codec=policy.codec
@@ -62,7 +62,7 @@ def main(config, workdir):
     "eval", pipeline.fixed_tasks, validation, config.eval.tasks, workdir=workdir
   )
   rollouts = start.call(
-    "engine", engine.Engine, policy.config, policy.codec, **config.engine
+    "engine", engine.Engine, policy.config.merged, policy.codec, **config.engine
   )
   start.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   start.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
@@ -76,6 +76,8 @@ def main(config, workdir):
     "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
+  # The engine's weights: adapters merged once per sync cost nothing per token.
+  whole = functools.partial(qwen2_5_vl.merge, policy.config)
   # What goes in comes out in the same place, so that each program compiles once.
   layout = jax.tree.map(lambda x: x.sharding, state)
 
@@ -144,7 +146,7 @@ def main(config, workdir):
       "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
       "resumed run would differ; use 0"
     )
-  saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
+  saver = checkpoint.Checkpoints(workdir, **policy.extra)
   first, state, host = saver.restore(state)
   if host:
     questions.set_state(host["data"])
@@ -156,7 +158,7 @@ def main(config, workdir):
     done = step + 1
     with writer.timer("rollout"):
       groups = rollouts.run(
-        parallel.engine_params(state["params"]),
+        parallel.engine_params(whole(state["params"])),
         next(questions),
         seed=config.seed,
         step=step,
@@ -197,7 +199,7 @@ def main(config, workdir):
     if done % config.eval_every == 0 or done == config.total_steps:
       with writer.timer("eval"):
         m |= held_out(
-          rollouts, state["params"], held, validation.load_media, config.seed,
+          rollouts, whole(state["params"]), held, validation.load_media, config.seed,
           **config.rollout,
         )  # fmt: skip
     sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)

@@ -26,11 +26,11 @@ def main(config, workdir):
     mesh=mesh,
     seed=config.seed,
     workdir=workdir,
+    adapters=config.lora,
   )
-  tx, schedule = start.call(
-    "optim", optim.make, policy.params, total_steps=config.total_steps, **config.optim
-  )
-  freeze = config.optim.freeze
+  freeze = start.frozen(config)
+  settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
+  tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
   data = dict(config.data)
   uri, root = data.pop("uri"), data.pop("root")
@@ -102,7 +102,7 @@ def main(config, workdir):
     return loss_fn(params, {}, batch, jnp.maximum(batch.weight.sum(), 1.0))[0]
 
   # ---- Resume ------------------------------------------------------------------------
-  saver = checkpoint.Checkpoints(workdir, model=policy.config_json)
+  saver = checkpoint.Checkpoints(workdir, **policy.extra)
   first, state, host = saver.restore(state)
   if host:
     train.set_state(host["data"])

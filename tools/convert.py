@@ -1,15 +1,21 @@
 """Hugging Face checkpoints to ours and back.
 
   python tools/convert.py import --hf=DIR --out=DIR [--dtype=float32|bfloat16]
+  python tools/convert.py import --checkpoint=DIR --adapter=DIR --out=DIR
   python tools/convert.py export --checkpoint=DIR --out=DIR [--dtype=bfloat16|float32]
+  python tools/convert.py export --checkpoint=DIR --adapter --out=DIR
 
 What import writes is what `--config.init=DIR` takes: params/ (orbax), extra.json and
-tokenizer/.  Training wants float32, which holds a bfloat16 file exactly.  Export takes
-that, or the workdir of a run (its newest step), and writes a folder that transformers
-and vLLM load.
+tokenizer/.  Training every weight wants float32, which holds a bfloat16 file exactly;
+under LoRA the base may be bfloat16.  Export takes that, or the workdir of a run (its
+newest step), and writes a folder that transformers and vLLM load, adapters merged.
+
+--adapter is PEFT's layout: a folder to put on the imported model, or on a checkpoint
+of ours; on export, write only the adapters.
 """
 
 import argparse
+import dataclasses
 import pathlib
 import shutil
 import sys
@@ -19,7 +25,7 @@ from tqdm import tqdm
 
 from pixel_jax import checkpoint, parallel
 from pixel_jax.model import config as model_config
-from pixel_jax.model import hf, qwen2_5_vl
+from pixel_jax.model import hf, lora, peft, qwen2_5_vl, table
 
 # Beside the weights, what a tokenizer or a processor of transformers reads.
 COMPANIONS = (
@@ -38,33 +44,57 @@ COMPANIONS = (
 )
 
 
-def import_hf(source: str, out: str, dtype: str) -> None:
+def import_hf(source: str, out: str, dtype: str, adapter: str | None = None) -> None:
   """An HF folder -> a checkpoint of ours, sharded over all devices on the way."""
   source, out = _folder(source), _fresh(out)
   described = hf.read_config(source)
   config = model_config.from_hf(described)
-  shardings = parallel.shardings(
-    parallel.make_mesh(data=1, fsdp=-1),
-    hf.logical_axes(config),
-    qwen2_5_vl.abstract(config),
-  )
   with _Bar("import") as progress:
-    params = hf.import_checkpoint(source, config, shardings, dtype, progress)
-  print("writing ...")
-  checkpoint.save_params(out, params, {"model": described, "hf": str(source)})
-  copied = _copy(source, out / "tokenizer")
-  print(f"{_size(params)} -> {out}: params/, extra.json, tokenizer/ ({copied} files)")
-  if not (out / "tokenizer" / "tokenizer.json").is_file():
-    print(f"no tokenizer.json in {source}: add one to {out}/tokenizer before a run")
+    params = hf.import_checkpoint(source, config, _mesh(config), dtype, progress)
+  extra = {"model": described, "hf": str(source)}
+  _finish(out, config, params, extra, source, adapter)
 
 
-def export_hf(source: str, out: str, dtype: str) -> None:
-  """A checkpoint of ours, or a workdir -> an HF folder."""
+def adapt(source: str, out: str, adapter: str) -> None:
+  """A checkpoint of ours without adapters -> the same with those of a PEFT folder."""
   source, out = _folder(source), _fresh(out)
   extra = checkpoint.load_extra(source)
+  if extra.get("lora"):
+    raise ValueError(
+      f"{source} has adapters already; export it (they are merged), import that, and "
+      "put the others on it."
+    )
   config = model_config.from_hf(extra["model"])
+  params, _ = checkpoint.load_params(source, None, _spread(config))
+  _finish(out, config, params, extra, source / "tokenizer", adapter)
+
+
+def _finish(out, config, params, extra, companions, adapter) -> None:
+  if adapter:
+    adapters, leaves = peft.read(_folder(adapter), config, _spread)
+    extra = extra | {"lora": dataclasses.asdict(adapters)}
+    params = table.nest(table.unnest(params) | table.unnest(leaves))
+  print("writing ...")
+  checkpoint.save_params(out, params, extra)
+  copied = _copy(companions, out / "tokenizer")
+  print(f"{_size(params)} -> {out}: params/, extra.json, tokenizer/ ({copied} files)")
+  if not (out / "tokenizer" / "tokenizer.json").is_file():
+    print(f"no tokenizer.json in {companions}: add one to {out}/tokenizer before a run")
+
+
+def export_hf(source: str, out: str, dtype: str | None, adapter: bool = False) -> None:
+  """A checkpoint of ours, or a workdir -> an HF folder, or a PEFT folder."""
+  source, out = _folder(source), _fresh(out)
+  extra = checkpoint.load_extra(source)
+  found = extra.get("lora") and lora.Config(**extra["lora"])
+  config = model_config.from_hf(extra["model"], lora=found)
   print("reading ...")
   params, _ = checkpoint.load_params(source, None, _spread(config))
+  if adapter:
+    peft.write(config, params, out, base=extra.get("hf"), dtype=dtype or "float32")
+    print(f"-> {out}: adapter_config.json, adapter_model.safetensors")
+    return
+  dtype = dtype or "bfloat16"
   with _Bar("export") as progress:
     hf.export_checkpoint(config, params, out, dtype, progress=progress)
   copied = _copy(source / "tokenizer", out)
@@ -73,8 +103,10 @@ def export_hf(source: str, out: str, dtype: str) -> None:
 
 def _spread(config: model_config.ModelConfig):
   """None on one device, which `load_params` takes for all; else over all of them."""
-  if jax.device_count() == 1:
-    return None
+  return None if jax.device_count() == 1 else _mesh(config)
+
+
+def _mesh(config: model_config.ModelConfig):
   mesh = parallel.make_mesh(data=1, fsdp=-1)
   return parallel.shardings(mesh, hf.logical_axes(config), qwen2_5_vl.abstract(config))
 
@@ -131,19 +163,30 @@ def main(argv: list[str] | None = None) -> int:
   )
   commands = parser.add_subparsers(dest="command", required=True)
   one = commands.add_parser("import", help="Hugging Face -> ours")
-  one.add_argument("--hf", required=True, help="folder of config.json, *.safetensors")
+  base = one.add_mutually_exclusive_group(required=True)
+  base.add_argument("--hf", help="folder of config.json, *.safetensors")
+  base.add_argument("--checkpoint", help="output of import, or a workdir")
+  one.add_argument("--adapter", help="folder that PEFT wrote")
   one.add_argument("--out", required=True, help="new folder, for --config.init")
-  one.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+  one.add_argument("--dtype", choices=("float32", "bfloat16"), help="default float32")
   two = commands.add_parser("export", help="ours -> Hugging Face")
   two.add_argument("--checkpoint", required=True, help="output of import, or a workdir")
   two.add_argument("--out", required=True, help="new folder")
-  two.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
+  two.add_argument("--adapter", action="store_true", help="only the adapters, as PEFT")
+  two.add_argument(
+    "--dtype", choices=("bfloat16", "float32"),
+    help="default bfloat16, of adapters float32",
+  )  # fmt: skip
   args = parser.parse_args(argv)
+  if args.command == "import" and args.checkpoint and (args.dtype or not args.adapter):
+    parser.error("import --checkpoint takes --adapter=DIR, and keeps its own dtype")
   try:
-    if args.command == "import":
-      import_hf(args.hf, args.out, args.dtype)
+    if args.command == "import" and args.hf:
+      import_hf(args.hf, args.out, args.dtype or "float32", args.adapter)
+    elif args.command == "import":
+      adapt(args.checkpoint, args.out, args.adapter)
     else:
-      export_hf(args.checkpoint, args.out, args.dtype)
+      export_hf(args.checkpoint, args.out, args.dtype, args.adapter)
   except (ValueError, OSError, checkpoint.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -9,6 +9,8 @@ loads is a checkpoint that is computed right.
 import dataclasses
 from typing import Any
 
+from pixel_jax.model.lora import Config as Adapters
+
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
@@ -102,6 +104,12 @@ class ModelConfig:
   scan_layers: bool = True  # False: unrolled, faster for 2-3 layers on a CPU
   attention: str = "xla"  # "impl" of attention.py
   logp_chunk: int = 1024  # tokens of the whole batch whose logits exist at one time
+  lora: Adapters | None = None  # adapters in the tree, stored with its weights
+
+  @property
+  def merged(self) -> "ModelConfig":
+    """The same model without adapters."""
+    return dataclasses.replace(self, lora=None)
 
   def __post_init__(self):
     if self.vision.out_width != self.text.width:

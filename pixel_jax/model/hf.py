@@ -19,13 +19,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax.model import config as model_config
-from pixel_jax.model import table
+from pixel_jax.model import lora, table
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.model.table import TABLE as TABLE
 from pixel_jax.model.table import logical_axes as logical_axes
 from pixel_jax.model.table import paths as paths
 
 PyTree = Any
+# A tensor of a file: its shape, and a function that gives something to slice.
+Tensor = tuple[tuple[int, ...], Callable[[], Any]]
 
 
 # ---- In ------------------------------------------------------------------------------
@@ -50,7 +52,8 @@ def import_state(
 ) -> PyTree:
   """Parameters from Hugging Face name -> array (numpy, or what slices like numpy)."""
   tensors = {name: (tuple(x.shape), _identity(x)) for name, x in state.items()}
-  return _import(config, tensors, "the state dict", shardings, dtype, None)
+  tensors = _check(config, tensors, "the state dict")
+  return load(config, table.rows(config), tensors, shardings, dtype)
 
 
 def import_checkpoint(
@@ -72,16 +75,17 @@ def import_checkpoint(
     progress: called with (bytes of parameters made, bytes in all).
   """
   with contextlib.ExitStack() as files:
-    tensors = _open(pathlib.Path(directory), files)
-    return _import(config, tensors, str(directory), shardings, dtype, progress)
+    tensors = _check(config, open_tensors(directory, files), str(directory))
+    return load(config, table.rows(config), tensors, shardings, dtype, progress)
 
 
-def _open(
-  directory: pathlib.Path, files: contextlib.ExitStack
-) -> dict[str, tuple[tuple[int, ...], Callable[[], Any]]]:
-  """name -> (shape, function that gives something to slice), over all shards."""
+def open_tensors(
+  directory: str | pathlib.Path, files: contextlib.ExitStack
+) -> dict[str, Tensor]:
+  """The tensors of a folder by name, over all its safetensors."""
   from safetensors import SafetensorError, safe_open
 
+  directory = pathlib.Path(directory)
   index = directory / "model.safetensors.index.json"
   if index.is_file():
     shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -117,25 +121,26 @@ def _open(
   return tensors
 
 
-def _import(
+def load(
   config: ModelConfig,
-  tensors: Mapping[str, tuple[tuple[int, ...], Callable[[], Any]]],
-  source: str,
-  shardings: PyTree,
-  dtype: str,
-  progress: Callable[[int, int], None] | None,
+  rows: tuple[table.Row, ...],
+  tensors: Mapping[str, Tensor],
+  shardings: PyTree = None,
+  dtype: str = "float32",
+  progress: Callable[[int, int], None] | None = None,
 ) -> PyTree:
-  tensors = _check(config, tensors, source)
+  """The parameters of `rows` from their tensors, which are all there."""
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = dict.fromkeys(paths(config), device)
   else:
     placed = table.unnest(shardings)
   width = jnp.dtype(dtype).itemsize
-  total = width * sum(math.prod(s) for s in table.names(config).values())
+  every = [math.prod(table.hf_shape(config, r)) * table.depth(config, r) for r in rows]
+  total = width * sum(every)
   done = 0
   params = {}
-  for row in table.rows(config):
+  for row in rows:
     sharding, shape = placed[row.path], table.shape_of(config, row)
     if row.stacked:
       params[row.path] = _zeros(shape, dtype, sharding)()
@@ -156,26 +161,43 @@ def _import(
 
 
 def _check(
-  config: ModelConfig, tensors: Mapping[str, tuple], source: str
-) -> dict[str, tuple]:
+  config: ModelConfig, tensors: Mapping[str, Tensor], source: str
+) -> dict[str, Tensor]:
+  want = table.names(config)
+  names = {hub_name(n): n for n in tensors}
+  # Some tied checkpoints repeat the embedding as a head; a head of its own is refused.
+  if config.text.tied and names.keys() - want.keys() == {"lm_head.weight"}:
+    head = names["lm_head.weight"]
+    embed = names.get("model.embed_tokens.weight", head)
+    if embed != head and np.array_equal(*(tensors[n][1]()[:] for n in (embed, head))):
+      tensors = {n: x for n, x in tensors.items() if n != head}
+  return check(
+    want,
+    tensors,
+    f"{source} is not the Qwen2.5-VL that its config describes",
+    "Names must be model.*, visual.* and lm_head.weight, or "
+    "model.language_model.* and model.visual.*, with lm_head.weight exactly "
+    "where tie_word_embeddings is false. Save the model again with "
+    "save_pretrained (adapters merged), and check that config.json belongs to them.",
+  )
+
+
+def check(
+  want: Mapping[str, tuple[int, ...]],
+  tensors: Mapping[str, Tensor],
+  what: str,
+  remedy: str,
+) -> dict[str, Tensor]:
   """The tensors under their hub names, or one error that names all that is wrong."""
-  found: dict[str, tuple] = {}
+  found: dict[str, Tensor] = {}
   twice = []
   for name, tensor in tensors.items():
     hub = hub_name(name)
     if hub in found:
       twice.append(name)
     found[hub] = tensor
-  want = table.names(config)
   missing = [n for n in want if n not in found]
   unexpected = [n for n in found if n not in want]
-  # Some tied checkpoints repeat the embedding as a head; a head of its own is refused.
-  if config.text.tied and "lm_head.weight" in unexpected and not missing:
-    embed, head = (
-      found[n][1]()[:] for n in ("model.embed_tokens.weight", "lm_head.weight")
-    )
-    if np.array_equal(embed, head):
-      unexpected.remove("lm_head.weight")
   misshapen = [
     f"{n} {list(found[n][0])}, not {list(want[n])}"
     for n in want
@@ -192,14 +214,7 @@ def _check(
     if items
   ]
   if wrong:
-    raise ValueError(
-      f"{source} is not the Qwen2.5-VL that its config describes.\n  "
-      + "\n  ".join(wrong)
-      + "\nNames must be model.*, visual.* and lm_head.weight, or "
-      "model.language_model.* and model.visual.*, with lm_head.weight exactly "
-      "where tie_word_embeddings is false. Save the model again with "
-      "save_pretrained (adapters merged), and check that config.json belongs to them."
-    )
+    raise ValueError(f"{what}.\n  " + "\n  ".join(wrong) + f"\n{remedy}")
   return found
 
 
@@ -295,7 +310,10 @@ def _of_layer(sharding: Any) -> Any:
 
 
 def export_state(config: ModelConfig, params: PyTree) -> dict[str, np.ndarray]:
-  """Hugging Face name -> array under hub names, in the dtype of the parameters."""
+  """Hugging Face name -> array under hub names, in the dtype of the parameters.
+
+  Adapters are merged into their weights, in f32.
+  """
   return {name: x for name, x in _export(config, params, None)}
 
 
@@ -309,6 +327,7 @@ def export_checkpoint(
 ) -> None:
   """Writes config.json and safetensors in the hub's layout, for transformers and vLLM.
 
+  Adapters are merged into their weights, in f32, before anything is rounded to `dtype`.
   The host holds one file, of at most shard_bytes (or one tensor), at a time.  On
   several hosts all of them must call; the first one writes.
 
@@ -369,6 +388,23 @@ def export_checkpoint(
 def _export(
   config: ModelConfig, params: PyTree, dtype: str | None
 ) -> Iterator[tuple[str, np.ndarray]]:
+  flat = match(config, params)
+  for name, row, layer in table.tensors(config, table.rows(config)):
+    x = _part(flat, row.path, row, layer)
+    if row.path.removesuffix("/w") in table.adapted(config):
+      a, b = (
+        _part(flat, row.path.removesuffix("/w") + end, row, layer)
+        for end in lora.LEAVES
+      )
+      x = lora.merge(
+        x, a, b, scale=config.lora.scale, stacked=False,
+        dtype=x.dtype if dtype is None else dtype,
+      )  # fmt: skip
+    yield name, to_hf(config, row, x, dtype)
+
+
+def match(config: ModelConfig, params: PyTree) -> dict[str, jax.Array]:
+  """path -> array of the parameters, which are those of the table."""
   flat = table.unnest(params)
   want = table.shapes(config)
   odd = sorted(set(flat) ^ set(want))
@@ -380,13 +416,22 @@ def _export(
       f"the parameters are not those of this model; they differ in {_listed(odd)}. "
       "Merge adapters first, and take the config of the same checkpoint."
     )
-  for name, row, layer in table.tensors(config):
-    x = flat[row.path]
-    x = _on_host(x[layer] if row.stacked else x, dtype)
-    theirs, ours = table.parse(row.equation)
-    size = table.sizes(config, row)
-    x = x.reshape([size[a] for group in ours for a in group])
-    yield name, _packed(table.permute(x, ours, theirs))
+  return flat
+
+
+def _part(
+  flat: Mapping[str, jax.Array], path: str, row: table.Row, layer: int
+) -> jax.Array:
+  return flat[path][layer] if row.stacked else flat[path]
+
+
+def to_hf(config: ModelConfig, row: table.Row, x: Any, dtype: str | None) -> np.ndarray:
+  """One layer of ours as the tensor of theirs, on the host."""
+  x = _on_host(x, dtype)
+  theirs, ours = table.parse(row.equation)
+  size = table.sizes(config, row)
+  x = x.reshape([size[a] for group in ours for a in group])
+  return _packed(table.permute(x, ours, theirs))
 
 
 def _on_host(x: Any, dtype: str | None) -> np.ndarray:

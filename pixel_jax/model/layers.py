@@ -6,6 +6,7 @@ pixels or tokens.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
+
+from pixel_jax.model import lora
 
 PyTree = Any
 
@@ -26,6 +29,8 @@ class Linear(nnx.Module):
     sizes: of the letters of w.
     layers: length of the leading axis L; None = not part of a stack.
   """
+
+  lora_a = lora_b = None  # see `adapt`
 
   def __init__(
     self,
@@ -52,8 +57,33 @@ class Linear(nnx.Module):
     axes = [c for c, keep in zip(letters, kept) if keep]
     self.bias_axes = tuple(i for i, c in enumerate(out) if c not in axes)
 
+  def adapt(self, config: lora.Config, rngs: nnx.Rngs) -> None:
+    """Puts A and B beside w; they begin as PEFT's, whose B = 0 changes nothing."""
+    inputs, out = self.equation.split("->")
+    left, right = inputs.split(",")
+    size = dict(zip(right, self.w.shape[-len(right) :]))
+    inner = "".join(c for c in right if c not in out)
+    outer = "".join(c for c in right if c in out)
+    low = "".join(c for c in left if c not in inner) + "r"
+    self.lora_equations = (f"{left},{inner}r->{low}", f"{low},r{outer}->{out}")
+    self.lora_scale = config.scale
+    lead = self.w.shape[: -len(right)]
+    shape = [size[c] for c in inner]
+    # kaiming_uniform_(a=sqrt(5)) of torch: +- 1 / sqrt(fan in).
+    bound = math.prod(shape) ** -0.5
+    a = jax.random.uniform(
+      rngs.params(), (*lead, *shape, config.rank), minval=-bound, maxval=bound
+    )
+    self.lora_a = nnx.Param(a)
+    shape = [size[c] for c in outer]
+    self.lora_b = nnx.Param(jnp.zeros((*lead, config.rank, *shape)))
+
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     y = jnp.einsum(self.equation, x, self.w[...])
+    if self.lora_a is not None:
+      down, up = self.lora_equations
+      low = jnp.einsum(down, x, self.lora_a[...]) * self.lora_scale
+      y = y + jnp.einsum(up, low, self.lora_b[...])
     if self.b is None:
       return y
     return y + jnp.expand_dims(self.b[...], self.bias_axes)

@@ -8,7 +8,8 @@
 
 `config` is static (frozen, hashable), `params` a pure nested dict, f32 or any float;
 each function casts it to `config.dtype` before use, so that under FSDP the bf16 copy is
-what is gathered.  Nothing is jitted here but `init`: callers jit what they compose.
+what is gathered.  With `config.lora` the tree holds adapters beside their weights.
+Nothing is jitted here but what makes parameters: callers jit what they compose.
 """
 
 import functools
@@ -20,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pixel_jax.batch import Batch, Cache
-from pixel_jax.model import logp
+from pixel_jax.model import logp, lora, table
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.model.text import Text
 from pixel_jax.model.vision import Vision
@@ -32,6 +33,8 @@ class Model(nnx.Module):
   def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
     self.vision = Vision(config, rngs)
     self.text = Text(config, rngs)
+    for path in table.adapted(config):  # last: they leave the weights' numbers alone
+      functools.reduce(getattr, path.split("/"), self).adapt(config.lora, rngs)
 
 
 # ---- Parameters ----------------------------------------------------------------------
@@ -45,6 +48,45 @@ def init(config: ModelConfig, key: jax.Array, shardings: Any = None) -> Params:
 def abstract(config: ModelConfig) -> Params:
   """The tree of `init` as ShapeDtypeStructs; costs nothing."""
   return jax.eval_shape(functools.partial(_init, config), jax.random.key(0))
+
+
+def adapt(
+  config: ModelConfig, params: Params, key: jax.Array, shardings: Any = None
+) -> Params:
+  """`params`, of `config.merged`, with new f32 adapters that change nothing yet."""
+  chosen = [row.path for row in table.adapters(config)]
+
+  def draw(key):
+    flat = table.unnest(_init(config, key))
+    return {path: flat[path] for path in chosen}
+
+  if shardings is not None:
+    flat = table.unnest(shardings)
+    shardings = {path: flat[path] for path in chosen}
+  return table.nest(
+    {**table.unnest(params), **jax.jit(draw, out_shardings=shardings)(key)}
+  )
+
+
+def merge(config: ModelConfig, params: Params) -> Params:
+  """Parameters of `config.merged`, the adapters added to their weights.
+
+  What has no adapter is shared with `params`, not copied.  A merged weight is f32, or
+  bf16 where both the weight and `config.dtype` are.
+  """
+  flat = table.unnest(params)
+  merged = {path: x for path, x in flat.items() if not lora.is_adapter(path)}
+  for path in table.adapted(config):
+    w, a, b = (flat[f"{path}/{name}"] for name in ("w", "lora_a", "lora_b"))
+    merged[f"{path}/w"] = lora.merge(
+      w,
+      a,
+      b,
+      scale=config.lora.scale,
+      stacked="/blocks/" in path,
+      dtype=jnp.promote_types(w.dtype, config.dtype),
+    )
+  return table.nest(merged)
 
 
 def _init(config: ModelConfig, key: jax.Array) -> Params:

@@ -2,8 +2,9 @@
 
 Its Hugging Face name, its path here, how the one array becomes the other, and the
 logical axes that a sharding rule may name.  Import and export (`hf.py`), sharding and
-freezing by path derive from it.  Not here: files, arrays on devices, how an axis lies
-on a mesh (`parallel.py`).
+freezing by path derive from it.  Adapters (`lora.py`) have rows beside those of
+their weights.  Not here: files, arrays on devices, how an axis lies on a mesh
+(`parallel.py`).
 
 Parameters are a nested dict {"text": ..., "vision": ...}; what a stack of blocks owns
 has a leading axis L, one entry a layer.  The names are those of the hub
@@ -13,7 +14,8 @@ has a leading axis L, one entry a layer.  The names are those of the hub
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -117,32 +119,91 @@ def rows(config: ModelConfig) -> tuple[Row, ...]:
   return tuple(r for r in TABLE if not (config.text.tied and r.path == "text/head/w"))
 
 
+def adapted(config: ModelConfig) -> tuple[str, ...]:
+  """Paths of the linear layers that have an adapter: "text/blocks/q".
+
+  Of those that can, all but embedding, head and the convolution of patches, the ones in
+  which a pattern of `config.lora.targets` is found.
+  """
+  if config.lora is None:
+    return ()
+  can = [
+    r.path.removesuffix("/w")
+    for r in rows(config)
+    if r.path.endswith("/w") and ("/blocks/" in r.path or "/merger/" in r.path)
+  ]
+  for pattern in config.lora.targets:
+    if not any(re.search(pattern, path) for path in can):
+      raise ValueError(
+        f"target {pattern!r} matches no linear layer; there are {', '.join(can)}."
+      )
+  found = (p for p in can if any(re.search(t, p) for t in config.lora.targets))
+  return tuple(found)
+
+
+def adapters(config: ModelConfig) -> tuple[Row, ...]:
+  """Two rows, lora_a and lora_b, for each weight that has an adapter.
+
+  Names are PEFT's under the names of the hub.  With the weight "(N H) D -> D N H", A is
+  "r D -> D r" and B "(N H) r -> r N H".
+  """
+  chosen = {f"{path}/w" for path in adapted(config)}
+  found = []
+  for row in rows(config):
+    if row.path not in chosen:
+      continue
+    (outer, inner), ours = parse(row.equation)
+    axis = dict(zip((a for (a,) in ours), row.axes[row.stacked :], strict=True))
+    lead = row.axes[: row.stacked]
+    name, path = row.name.removesuffix("weight"), row.path.removesuffix("w")
+    found += [
+      Row(
+        f"{name}lora_A.weight",
+        f"{path}lora_a",
+        f"r {_spell(inner)} -> {' '.join(inner)} r",
+        (*lead, *(axis[a] for a in inner), None),
+      ),
+      Row(
+        f"{name}lora_B.weight",
+        f"{path}lora_b",
+        f"{_spell(outer)} r -> r {' '.join(outer)}",
+        (*lead, None, *(axis[a] for a in outer)),
+      ),
+    ]
+  return tuple(found)
+
+
 def paths(config: ModelConfig) -> list[str]:
   """Every parameter path, "text/blocks/q/w", in the order of the table."""
-  return [r.path for r in rows(config)]
+  return [r.path for r in every(config)]
 
 
 def logical_axes(config: ModelConfig) -> PyTree:
   """A tree like the parameters; a leaf is the tuple of logical axis names."""
-  return nest({r.path: r.axes for r in rows(config)})
+  return nest({r.path: r.axes for r in every(config)})
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """path -> shape."""
-  return {r.path: shape_of(config, r) for r in rows(config)}
+  return {r.path: shape_of(config, r) for r in every(config)}
 
 
 def names(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Hugging Face name -> shape, in the order in which export writes them."""
-  return {name: hf_shape(config, r) for name, r, _ in tensors(config)}
+  return {name: hf_shape(config, r) for name, r, _ in tensors(config, rows(config))}
+
+
+def every(config: ModelConfig) -> tuple[Row, ...]:
+  """The rows of weights, then those of adapters."""
+  return rows(config) + adapters(config)
 
 
 # ---- Reading the table ---------------------------------------------------------------
 
 
-def tensors(config: ModelConfig) -> Iterator[tuple[str, Row, int]]:
-  """(their name, row, layer) of every tensor, one block after the other."""
-  for _, group in itertools.groupby(rows(config), key=lambda r: (r.stacked, r.tower)):
+def tensors(config: ModelConfig, rows: Iterable[Row]) -> Iterator[tuple[str, Row, int]]:
+  """(their name, row, layer) of every tensor of `rows`, one block after the other."""
+  for _, group in itertools.groupby(rows, key=lambda r: (r.stacked, r.tower)):
     group = list(group)
     for layer in range(depth(config, group[0])):
       yield from ((r.name.format(layer=layer), r, layer) for r in group)
@@ -157,12 +218,13 @@ def depth(config: ModelConfig, row: Row) -> int:
 def sizes(config: ModelConfig, row: Row) -> dict[str, int]:
   """Letter of an equation -> size."""
   v, t = config.vision, config.text
+  rank = {"r": config.lora.rank} if config.lora else {}
   # fmt: off
   if row.tower == "text":
-    return {"V": t.vocab, "D": t.width, "N": t.heads, "K": t.kv_heads,
+    return {**rank, "V": t.vocab, "D": t.width, "N": t.heads, "K": t.kv_heads,
             "H": t.head_dim, "F": t.mlp}
   merged = v.width * v.merge**2
-  return {"D": v.width, "N": v.heads, "H": v.head_dim, "F": v.mlp, "3": 3,
+  return {**rank, "D": v.width, "N": v.heads, "H": v.head_dim, "F": v.mlp, "3": 3,
           "c": 3, "t": v.temporal, "h": v.patch, "w": v.patch,
           "E": merged, "U": merged, "O": v.out_width}
   # fmt: on
@@ -194,6 +256,10 @@ def parse(equation: str) -> tuple[tuple[tuple[str, ...], ...], ...]:
         groups += [(letter,) for letter in piece.split()]
     sides.append(tuple(groups))
   return tuple(sides)
+
+
+def _spell(group: tuple[str, ...]) -> str:
+  return group[0] if len(group) == 1 else f"({' '.join(group)})"
 
 
 def permute(

@@ -1,0 +1,83 @@
+"""Low-rank adapters: y = x W + alpha / rank * (x A) B, where only A and B are trained.
+
+`lora_a` and `lora_b` lie in the tree beside their `w`, with the axes that w contracts
+and those that it keeps: q/w [L D N H], q/lora_a [L D r], q/lora_b [L r N H].  Here are
+their sizes and their sum with w.  Not here: which matrices there are (`table.py`), the
+forward pass (`layers.Linear`), PEFT's files (`peft.py`).
+"""
+
+import dataclasses
+import functools
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+LEAVES = ("/lora_a", "/lora_b")  # how the path of an adapter ends
+TEXT = "^text/blocks/"  # q, k, v, o, gate, up and down of the text model
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Adapters of a model.
+
+  rank: the inner size of A B.
+  alpha: A B counts alpha / rank times.
+  targets: regular expressions, searched in the path of a linear layer without its "/w":
+    "text/blocks/q", "vision/blocks/qkv".
+  """
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...] = (TEXT,)
+
+  def __post_init__(self):
+    if isinstance(self.targets, str) or not self.targets:
+      raise ValueError(
+        f"targets={self.targets!r}; give a tuple of regular expressions, ({TEXT!r},)."
+      )
+    object.__setattr__(self, "targets", tuple(self.targets))  # of JSON: a list
+    for pattern in self.targets:
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ValueError(
+          f"target {pattern!r} is no regular expression: {error}."
+        ) from error
+    if not isinstance(self.rank, int) or self.rank < 1:
+      raise ValueError(f"rank={self.rank!r}; it must be a positive integer.")
+    if not (math.isfinite(self.alpha) and self.alpha > 0):
+      raise ValueError(f"alpha={self.alpha!r}; it must be positive.")
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / self.rank
+
+
+def is_adapter(path: str) -> bool:
+  return path.endswith(LEAVES)
+
+
+def merge(w: Any, a: Any, b: Any, *, scale: float, stacked: bool, dtype: Any) -> Any:
+  """w + scale * A B, computed in f32, where `w` lies.
+
+  Args:
+    stacked: all three have the axis L, and one layer is computed after the other.
+    dtype: of the result.
+  """
+  return _merger(scale, stacked, jnp.dtype(dtype), w.sharding)(w, a, b)
+
+
+@functools.lru_cache(maxsize=64)  # one program per matrix, not one trace per call
+def _merger(scale, stacked, dtype, sharding):
+  def layer(xs):
+    w, a, b = (x.astype(jnp.float32) for x in xs)
+    # The contracted axes of our w come before those it keeps.
+    return (w + scale * jnp.tensordot(a, b, 1, precision="highest")).astype(dtype)
+
+  def merged(*xs):
+    return jax.lax.map(layer, xs) if stacked else layer(xs)
+
+  return jax.jit(merged, out_shardings=sharding)
