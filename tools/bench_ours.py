@@ -68,8 +68,8 @@ def generate(
   """Ids i32[B tokens] after text i32[B S], the cache of S - 1 filled beforehand."""
   B, S = context.shape
   program = jax.jit(
-    functools.partial(decode.decode, config, chunk=tokens, stops=()),
-    static_argnames=("sampling", "view"),
+    functools.partial(decode.decode, config, stops=()),
+    static_argnames=("sampling", "view", "lanes"),
     donate_argnums=1,
   )
   position = jnp.broadcast_to(jnp.arange(S - 1)[:, None], (B, S - 1, 3))
@@ -87,15 +87,14 @@ def generate(
   slots = decode.Slots(
     length=full(S - 1), last=context[:, -1].astype(np.int32), position=full(S - 1),
     budget=full(tokens), key=np.zeros((B, 2), np.uint32),
-    forced=np.full((B, tokens), -1, np.int32),
   )  # fmt: skip
-  banned = np.zeros(config.text.vocab, bool)
+  free = np.full((B, tokens), -1, np.int32)
 
   def run():
     # What an earlier run wrote lies beyond the lengths in `slots` and is not seen.
-    held["cache"], out, *_ = program(
-      params, held["cache"], slots, banned, sampling=decode.Sampling(greedy=True),
-      view=S + tokens,
+    held["cache"], _, out, *_ = program(
+      params, held["cache"], slots, free, None,
+      sampling=decode.Sampling(greedy=True), view=S + tokens, lanes=B,
     )  # fmt: skip
     return np.asarray(out)
 
