@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 from pixel_jax import checkpoint
 from pixel_jax.model import config as model_config
-from pixel_jax.model import hf, qwen2_5_vl
+from pixel_jax.model import hf, lora, peft, qwen2_5_vl
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests" / "golden" / "model"
@@ -109,6 +109,70 @@ def test_export_of_a_workdir(source, tmp_path):
   out = tmp_path / "out"
   assert _convert("export", f"--checkpoint={tmp_path / 'run'}", f"--out={out}") == 0
   _check_equal(_read(out), _read(source))
+
+
+def _adapted(source):
+  """Config and parameters of the golden model with random adapters."""
+  config = model_config.from_hf(hf.read_config(source), lora=lora.Config(3, 5.0))
+  params = hf.import_checkpoint(source, config)
+  params = qwen2_5_vl.adapt(config, params, jax.random.key(0))
+  return config, jax.tree.map(lambda x: x + 0.01, params)
+
+
+def test_adapters_there_and_back(source, tmp_path):
+  """A PEFT folder onto an HF folder and onto a checkpoint of ours; out as it was."""
+  config, params = _adapted(source)
+  peft.write(config, params, tmp_path / "peft")
+  theirs, ours = f"--hf={source}", tmp_path / "ours"
+  assert _convert("import", theirs, f"--out={ours}") == 0
+  for i, base in enumerate((theirs, f"--checkpoint={ours}")):
+    out, back = tmp_path / f"with{i}", tmp_path / f"back{i}"
+    adapter = f"--adapter={tmp_path / 'peft'}"
+    assert _convert("import", base, adapter, f"--out={out}") == 0
+    extra = checkpoint.load_extra(out)
+    assert lora.Config(**extra["lora"]) == config.lora
+    assert {p.name for p in (out / "tokenizer").iterdir()} == COMPANIONS.keys()
+    assert _convert("export", f"--checkpoint={out}", "--adapter", f"--out={back}") == 0
+    _check_equal(_read(back), _read(tmp_path / "peft"))
+    described = json.loads((back / "adapter_config.json").read_text())
+    assert described["base_model_name_or_path"] == str(source)
+    merged = tmp_path / f"merged{i}"
+    assert (
+      _convert("export", f"--checkpoint={out}", f"--out={merged}", "--dtype=float32")
+      == 0
+    )
+    want = dict(_read(source))
+    scale = described["lora_alpha"] / described["r"]
+    for name, a in _read(back).items():
+      if ".lora_A." in name:
+        b = _read(back)[name.replace("lora_A", "lora_B")]
+        hub = hf.hub_name(name.removeprefix(peft.PREFIX)).replace("lora_A.", "")
+        want[hub] = want[hub].astype(np.float64) + scale * (b.astype(np.float64) @ a)
+    got = _read(merged)
+    assert got.keys() == want.keys()
+    for name in want:
+      np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_adapters_that_cannot_be_put_on(source, tmp_path, capsys):
+  config, params = _adapted(source)
+  peft.write(config, params, tmp_path / "peft")
+  ours, new = tmp_path / "ours", tmp_path / "new"
+  adapter = f"--adapter={tmp_path / 'peft'}"
+  assert _convert("import", f"--hf={source}", adapter, f"--out={ours}") == 0
+  _refused(
+    capsys, "has adapters already", "import", f"--checkpoint={ours}", adapter,
+    f"--out={new}",
+  )  # fmt: skip
+  bare = tmp_path / "bare"
+  assert _convert("import", f"--hf={source}", f"--out={bare}") == 0
+  _refused(
+    capsys, "has no adapters", "export", f"--checkpoint={bare}", "--adapter",
+    f"--out={new}",
+  )  # fmt: skip
+  with pytest.raises(SystemExit):
+    _convert("import", f"--checkpoint={bare}", f"--out={new}")
+  assert "takes --adapter=DIR" in capsys.readouterr().err
 
 
 def _refused(capsys, match, *argv):

@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 SFT = ("train_sft", "configs/sft.py:tiny,base")
 RL = ("train_rl", "configs/rl.py:tiny")
 SMALL_SFT = dict(total_steps=5, save_every=2, eval_every=3, **{"optim.warmup_steps": 1})
+LORA = {"lora.rank": 4, "lora.alpha": 8.0}
 SMALL_RL = SMALL_SFT | {
   "total_steps": 4,
   "keep_trajectories_every": 1,
@@ -114,6 +115,14 @@ def rl(able):
   return workdir
 
 
+@pytest.fixture(scope="module")
+def adapted(able):
+  """SFT under LoRA from a policy without adapters."""
+  workdir = able.parent / "adapted"
+  run(("train_sft", "configs/sft.py:tiny"), workdir, init=able, **LORA, **SMALL_SFT)
+  return workdir
+
+
 def test_sft_leaves_what_the_next_stage_needs(base):
   rows = read_metrics(base)
   assert [r["step"] for r in rows] == [1, 2, 3, 4, 5]
@@ -182,6 +191,46 @@ def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
     assert ours[key] == pytest.approx(theirs[key], rel=1e-5, abs=1e-6), key
 
 
+def assert_only_adapters_differ(one, other):
+  a, b = params_of(one), params_of(other)
+  for path in a.keys() | b.keys():
+    if path.endswith(("/lora_a", "/lora_b")):
+      assert path not in a or not np.array_equal(a[path], b[path]), path
+    else:
+      assert np.array_equal(a[path], b[path]), path
+  assert sum(p.endswith(("/lora_a", "/lora_b")) for p in b) == 14
+
+
+def test_lora_moves_only_adapters(able, adapted):
+  assert_only_adapters_differ(able, adapted)
+  assert all(params_of(adapted)[f"text/blocks/{x}/lora_b"].any() for x in "qkvo")
+  extra = checkpoint.load_extra(adapted)
+  assert extra["lora"] == {"rank": 4, "alpha": 8.0, "targets": ["^text/blocks/"]}
+  losses = [r["loss"] for r in read_metrics(adapted)]
+  assert np.isfinite(losses).all() and losses[-1] < losses[0]
+
+
+def test_killed_lora_goes_on_bit_for_bit(able, adapted, tmp_path):
+  entry = ("train_sft", "configs/sft.py:tiny")
+  kill_at(entry, tmp_path / "run", 3, init=able, **LORA, **SMALL_SFT)
+  run(entry, tmp_path / "run", init=able, **LORA, **SMALL_SFT)
+  assert_same_run(adapted, tmp_path / "run")
+
+
+def test_rl_and_evaluation_of_adapters(adapted, tmp_path):
+  """The sampler has merged weights, the trainer has not: log-probs agree."""
+  workdir = tmp_path / "rl"
+  run(RL, workdir, init=adapted, **LORA, **SMALL_RL | {"total_steps": 2})
+  for r in read_metrics(workdir):
+    assert not r["optim/skipped"] and 0 < r["agreement/logp_diff_max"] < 1e-4
+  assert_only_adapters_differ(adapted, workdir)
+  entry = ("evaluate", "configs/evaluate.py:tiny")
+  policies = f"SFT={adapted},RL={workdir}"
+  run(entry, tmp_path / "eval", policies=policies, **{"data.tasks": 8})
+  result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+  assert [r["name"] for r in result["rows"]] == ["SFT", "RL"]
+
+
 @pytest.mark.parametrize(
   "flags, told",
   [
@@ -192,6 +241,7 @@ def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
     (["--config.data.uri=world:tarin"], "train"),
     (["--config.init=/nowhere"], "/nowhere"),
     (["--config.synthesis.jitter=abc"], "jitter"),
+    (["--config.lora.rank=4", "--config.lora.targets=('q_proj',)"], "text/blocks/q"),
   ],
 )
 def test_a_mistake_in_the_config_is_told_in_one_line(flags, told, tmp_path):

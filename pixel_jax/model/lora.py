@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -31,14 +32,14 @@ class Config:
 
   rank: int
   alpha: float
-  targets: tuple[str, ...] = (TEXT,)
+  targets: Sequence[str] = (TEXT,)  # a tuple once it is made
 
   def __post_init__(self):
     if isinstance(self.targets, str) or not self.targets:
       raise ValueError(
         f"targets={self.targets!r}; give a tuple of regular expressions, ({TEXT!r},)."
       )
-    object.__setattr__(self, "targets", tuple(self.targets))  # of JSON: a list
+    object.__setattr__(self, "targets", tuple(self.targets))
     for pattern in self.targets:
       try:
         re.compile(pattern)
@@ -46,10 +47,10 @@ class Config:
         raise ValueError(
           f"target {pattern!r} is no regular expression: {error}."
         ) from error
-    if not isinstance(self.rank, int) or self.rank < 1:
-      raise ValueError(f"rank={self.rank!r}; it must be a positive integer.")
+    if self.rank < 1:
+      raise ValueError(f"rank={self.rank}; it must be positive.")
     if not (math.isfinite(self.alpha) and self.alpha > 0):
-      raise ValueError(f"alpha={self.alpha!r}; it must be positive.")
+      raise ValueError(f"alpha={self.alpha}; it must be positive and finite.")
 
   @property
   def scale(self) -> float:

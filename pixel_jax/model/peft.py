@@ -52,7 +52,7 @@ def read(
   described = json.loads(path.read_text())
   _refuse(described, path)
   rank = described["r"]
-  alpha = described["lora_alpha"] * (
+  alpha = float(described["lora_alpha"]) * (
     math.sqrt(rank) if described.get("use_rslora") else 1.0
   )
   with contextlib.ExitStack() as files:

@@ -1,0 +1,96 @@
+"""start.load: adapters kept, added or merged, and the dtype of a base that stays frozen."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pixel_jax import checkpoint, parallel, start
+from pixel_jax.model import config as model_config
+from pixel_jax.model import lora, qwen2_5_vl, table
+
+BARE = model_config.tiny(64)
+CONFIG = dataclasses.replace(BARE, lora=lora.Config(2, 3.0))
+
+
+@pytest.fixture(scope="module")
+def mesh():
+  return parallel.make_mesh(data=1, fsdp=2, tensor=1)
+
+
+def saved(folder, config, dtype="float32"):
+  """Parameters at `folder`, weights as `dtype`, adapters not zero."""
+  params = qwen2_5_vl.init(config, jax.random.key(5))
+  flat = {
+    p: x + 0.1 if lora.is_adapter(p) else x.astype(dtype)
+    for p, x in table.unnest(params).items()
+  }
+  checkpoint.save_params(folder, table.nest(flat), {})
+  return flat
+
+
+def load(folder, config, found, mesh, whole=False):
+  params = start.load(folder, config, found, mesh=mesh, seed=1, whole=whole)
+  for path, x in table.unnest(start.layout(config, mesh)).items():
+    assert table.unnest(params)[path].sharding == x, path
+  return table.unnest(params)
+
+
+def check_equal(got, want, paths):
+  for path in paths:
+    assert got[path].dtype == want[path].dtype, path
+    np.testing.assert_array_equal(got[path], want[path], err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_new_adapters_on_a_checkpoint_without(tmp_path, mesh, dtype):
+  want = saved(tmp_path, BARE, dtype)
+  got = load(tmp_path, CONFIG, None, mesh)
+  check_equal(got, want, want)
+  new = got.keys() - want.keys()
+  assert new == {p for p in table.shapes(CONFIG) if lora.is_adapter(p)}
+  for path in new:
+    assert got[path].dtype == jnp.float32
+    assert got[path].any() == path.endswith("/lora_a"), path
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_adapters_are_kept(tmp_path, mesh, dtype):
+  want = saved(tmp_path, CONFIG, dtype)
+  got = load(tmp_path, CONFIG, CONFIG.lora, mesh)
+  assert got.keys() == want.keys()
+  check_equal(got, want, want)
+  # The same matrices under another pattern.
+  named = tuple(f"^{p}$" for p in table.adapted(CONFIG))
+  other = dataclasses.replace(CONFIG, lora=lora.Config(2, 3.0, named))
+  check_equal(load(tmp_path, other, CONFIG.lora, mesh), want, want)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_without_a_wish_for_adapters_they_are_merged(tmp_path, mesh, whole):
+  want = saved(tmp_path, CONFIG)
+  got = load(tmp_path, BARE, CONFIG.lora, mesh, whole)
+  merged = table.unnest(qwen2_5_vl.merge(CONFIG, table.nest(want)))
+  assert got.keys() == merged.keys() == table.shapes(BARE).keys()
+  for path in merged:
+    np.testing.assert_allclose(got[path], merged[path], rtol=0, atol=1e-6, err_msg=path)
+  assert np.abs(got["text/blocks/q/w"] - want["text/blocks/q/w"]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+  "change", [dict(rank=4), dict(alpha=1.0), dict(targets=("/q",))]
+)
+def test_other_adapters_than_the_stored_ones_are_told(tmp_path, mesh, change):
+  saved(tmp_path, CONFIG)
+  other = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, **change))
+  with pytest.raises(start.ConfigError, match="rank=2, alpha=3.0, .*merge"):
+    load(tmp_path, other, CONFIG.lora, mesh)
+
+
+def test_a_half_precision_base_can_be_looked_at_but_not_trained(tmp_path, mesh):
+  want = saved(tmp_path, BARE, "bfloat16")
+  check_equal(load(tmp_path, BARE, None, mesh), want, want)
+  with pytest.raises(checkpoint.CheckpointError, match=r"bfloat16.*expected float32"):
+    load(tmp_path, BARE, None, mesh, whole=True)
