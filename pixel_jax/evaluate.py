@@ -38,12 +38,13 @@ def main(config, workdir):
     "rows": [],
   }
   result["settings"].pop("policies")
+  covers = world.covers if is_world else None
   known = reusable(file, result["settings"])
   for name, init in named.items():
     weights = checkpoint.fingerprint(init)
     row = known.get((name, weights))
     if row is None:
-      modes = evaluate(config, workdir, name, init, mesh)
+      modes = evaluate(config, workdir, name, init, mesh, covers)
       row = {"name": name, "policy": init, "weights": weights, "modes": modes}
     result["rows"].append(row)
     file.write_text(json.dumps(result, indent=1))
@@ -62,7 +63,7 @@ def reusable(file, settings) -> dict[tuple, dict]:
   return {(r["name"], r["weights"]): r for r in earlier["rows"]}
 
 
-def evaluate(config, workdir, name: str, init: str, mesh) -> dict[str, dict]:
+def evaluate(config, workdir, name: str, init: str, mesh, covers) -> dict[str, dict]:
   """What one policy does in every mode; its trajectories are written."""
   policy = start.open_policy(
     init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
@@ -80,7 +81,6 @@ def evaluate(config, workdir, name: str, init: str, mesh) -> dict[str, dict]:
   rollouts = start.call(
     "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )
-  is_world = config.data.uri.startswith("world:")
   modes = {}
   for mode in tqdm(config.modes, desc=name, leave=False, disable=None):
     played = common.play(
@@ -93,7 +93,7 @@ def evaluate(config, workdir, name: str, init: str, mesh) -> dict[str, dict]:
       other_scene=world.other_scene,
       **config.rollout,
     )
-    modes[mode] = common.summarize(played, world.covers if is_world else None)
+    modes[mode] = common.summarize(played, covers)
     if mode != "swapped":  # its pictures could not be redrawn
       file = workdir / "trajectories" / f"{name}_{mode}.jsonl"
       trajectory.write_jsonl(file, played)

@@ -135,6 +135,24 @@ class Policy:
     }
 
 
+def open_run(
+  config: ConfigDict, workdir: pathlib.Path
+) -> tuple[jax.sharding.Mesh, Policy]:
+  """What a training run begins with: its workdir, its mesh and the policy to train."""
+  open_workdir(workdir, config)
+  mesh = call("mesh", parallel.make_mesh, **config.mesh)
+  policy = open_policy(
+    config.init,
+    model=config.model,
+    codec=config.codec,
+    mesh=mesh,
+    seed=config.seed,
+    workdir=workdir,
+    adapters=config.lora,
+  )
+  return mesh, policy
+
+
 def open_policy(
   init: str,
   *,

@@ -26,17 +26,7 @@ from pixel_jax.rollout import engine
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
-  start.open_workdir(workdir, config)
-  mesh = start.call("mesh", parallel.make_mesh, **config.mesh)
-  policy = start.open_policy(
-    config.init,
-    model=config.model,
-    codec=config.codec,
-    mesh=mesh,
-    seed=config.seed,
-    workdir=workdir,
-    adapters=config.lora,
-  )
+  mesh, policy = start.open_run(config, workdir)
   freeze = start.frozen(config)
   updates = config.total_steps * config.rl.minibatches
   settings = {**config.optim, "freeze": freeze, "total_steps": updates}

@@ -17,17 +17,7 @@ from pixel_jax.model import flops, qwen2_5_vl
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
-  start.open_workdir(workdir, config)
-  mesh = start.call("mesh", parallel.make_mesh, **config.mesh)
-  policy = start.open_policy(
-    config.init,
-    model=config.model,
-    codec=config.codec,
-    mesh=mesh,
-    seed=config.seed,
-    workdir=workdir,
-    adapters=config.lora,
-  )
+  mesh, policy = start.open_run(config, workdir)
   freeze = start.frozen(config)
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
