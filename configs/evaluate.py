@@ -31,7 +31,7 @@ def get_config(arg="tiny"):
     c.modes = ("free", "forbidden", "forced", "swapped")
     c.data.update(uri="world:test", tasks=1024)
     c.engine.update(
-      slots=96, max_len=112, prompt_len=32, extend_len=16, extend_rows=64, patches=512,
+      slots=192, max_len=112, prompt_len=32, extend_len=16, extend_rows=64, patches=512,
       chunk=16, lag=0, views=(64,),
     )  # fmt: skip
     c.rollout.update(max_turns=3, max_new_tokens=16)
