@@ -22,7 +22,12 @@ def get_config(arg="tiny"):
   c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
   c.engine = common.engine(arg.size)
   c.rollout = dict(
-    temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    max_turns=5,
+    max_new_tokens=2048,
+    fixed_batch=False,  # True: one bucket, so that no rollout depends on how many play
   )
   if arg.size == "tiny":
     c.modes = ("free", "forbidden", "forced", "swapped")

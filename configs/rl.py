@@ -29,7 +29,12 @@ def get_config(arg="tiny"):
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
-    temperature=1.0, top_p=1.0, top_k=0, max_turns=5, max_new_tokens=2048
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    max_turns=5,
+    max_new_tokens=2048,
+    fixed_batch=False,  # True: one bucket, so that no rollout depends on how many play
   )
   c.reward = dict(alpha=0.5, beta=0.05, H=0.3, N=1, variant="paper", count="success")
   c.rl = dict(

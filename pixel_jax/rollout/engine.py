@@ -324,7 +324,7 @@ class Engine:
   def _summary(
     self, table: Table, groups: int, refused: Sequence[Task], seconds: dict[str, float]
   ) -> dict[str, float]:
-    """What `train_rl` logs; `docs/performance.md` says what each is."""
+    """What `train_rl` logs of a run."""
     c = table.stats
     names = ("prefills", "extends", "chunks", "steps", "tokens", "host_syncs")
     stats = {name: c[name] for name in names} | {
