@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pixel_jax import checkpoint, metrics, parallel
+from pixel_jax import checkpoint, metrics, optim, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
@@ -281,8 +281,12 @@ def frozen(config: ConfigDict) -> tuple[str, ...]:
 def describe(config: ConfigDict, policy: Policy, mesh) -> None:
   """What a run logs before step 0."""
   sizes = [x.size for x in jax.tree.leaves(policy.params)]
+  trained = jax.tree.leaves(optim.split(policy.params, frozen(config))[0])
   device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
   settings = json.dumps(json.loads(config.to_json_best_effort()))
   print(f"device   {device}, mesh {dict(mesh.shape)}")
-  print(f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}")
+  print(
+    f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}, "
+    f"{sum(x.size for x in trained):,} of them trained"
+  )
   print(f"config   {settings}")

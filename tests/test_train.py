@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from pixel_jax import checkpoint, trajectory
 
@@ -225,10 +227,42 @@ def test_rl_and_evaluation_of_adapters(adapted, tmp_path):
     assert not r["optim/skipped"] and 0 < r["agreement/logp_diff_max"] < 1e-4
   assert_only_adapters_differ(adapted, workdir)
   entry = ("evaluate", "configs/evaluate.py:tiny")
-  policies = f"SFT={adapted},RL={workdir}"
-  run(entry, tmp_path / "eval", policies=policies, **{"data.tasks": 8})
+  few = {"data.tasks": 8, "modes": "('free',)"}
+  run(entry, tmp_path / "eval", policies=f"RL={workdir}", **few)
   result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
-  assert [r["name"] for r in result["rows"]] == ["SFT", "RL"]
+  assert [r["name"] for r in result["rows"]] == ["RL"]
+
+
+def test_the_readme_on_one_gpu(base, tmp_path):
+  """Its commands as they stand, with tiny for 7b: a bf16 base, two steps, PEFT out."""
+  readme = (ROOT / "README.md").read_text(encoding="utf-8")
+  block = readme.partition("## One GPU: LoRA")[2].split("```")[1].strip()
+  convert = [sys.executable, ROOT / "tools" / "convert.py"]
+  theirs = tmp_path / "DIR"
+  first = [*convert, "export", f"--checkpoint={base}", f"--out={theirs}"]
+  steps = [f"--config.{k}={v}" for k, v in SMALL_SFT.items()]
+  for words in (first, *(line.split() for line in block.splitlines())):
+    if words[0] == "python":
+      words = [
+        re.sub("=(DIR|CKPT|ADAPTER|MERGED|runs/lora)$", rf"={tmp_path}/\1", w)
+        for w in (sys.executable, *words[1:])
+      ]
+    if "-m" in words:
+      words = [w.replace(":7b", ":tiny") for w in words] + steps
+    ran = subprocess.run(
+      words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+      capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+  saved = params_of(tmp_path / "runs" / "lora")
+  for path, x in params_of(tmp_path / "CKPT").items():
+    assert x.dtype.name == "bfloat16" and np.array_equal(x, saved[path]), path
+  adapters = [x for path, x in saved.items() if "/lora_" in path]
+  assert len(adapters) == 14 and all(x.dtype == np.float32 for x in adapters)
+  tensors = load_file(tmp_path / "ADAPTER" / "adapter_model.safetensors")
+  assert len(tensors) == 2 * 14 and all(x.any() for x in tensors.values())
+  names = load_file(theirs / "model.safetensors").keys()
+  assert load_file(tmp_path / "MERGED" / "model.safetensors").keys() == names
 
 
 @pytest.mark.parametrize(
