@@ -48,7 +48,7 @@ def run(main) -> None:
       CONFIG.value.to_dict()  # a file that did not load says so when it is used
       return argv
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
-      stop(e)
+      stop(_named(e, sys.argv))
 
   def start(argv):
     if len(argv) > 1:
@@ -72,11 +72,29 @@ def run(main) -> None:
   app.run(start, flags_parser=parse)
 
 
-def stop(error: Exception) -> None:
-  text = error
+def _named(error: Exception, argv: list[str]) -> Exception:
+  """ml_collections says only the last word of a key that resembles no other."""
+  key = str(_inner(error)).strip("'\"")
+  words = (w.removeprefix("--").partition("=")[0] for w in argv)
+  field = next(
+    (w for w in words if w.startswith("config.") and key in w.split(".")), ""
+  )
+  if not key.isidentifier() or not field:
+    return error
+  file = next((w for w in argv if w.startswith("--config=")), "--config")
+  return ConfigError(f"{field}: {key!r} is unknown and near no field of {file}")
+
+
+def _inner(error: Exception) -> object:
+  """What was first said: ml_collections wraps errors, and a KeyError quotes its text."""
+  text: object = error
   while isinstance(text, AttributeError | KeyError) and text.args:
-    text = text.args[0]  # ml_collections wraps them, and a KeyError quotes its text
-  lines = str(text).strip().splitlines()
+    text = text.args[0]
+  return text
+
+
+def stop(error: Exception) -> None:
+  lines = str(_inner(error)).strip().splitlines()
   if any("Traceback" in line for line in lines):  # of a config file that refused
     lines = lines[-1:]
   print("error:", " ".join(lines), file=sys.stderr)

@@ -270,6 +270,7 @@ def test_the_readme_on_one_gpu(base, tmp_path):
   [
     (["--config.total_stepz=3"], "total_steps"),
     (["--config.optim.lrr=3"], '"lr"'),
+    (["--config.mesh.zzz=3"], "config.mesh.zzz"),
     (["--config.total_steps=many"], "total_steps"),
     (["--config.mesh.data=3"], "mesh"),
     (["--config.data.uri=world:tarin"], "train"),
