@@ -10,9 +10,9 @@ Before it is timed, what the two return is compared; unequal work is an error.
 
 The limit is max(FLOPs / ceiling, bytes / bandwidth): FLOPs by formula, without padding
 and recomputation; the ceiling is the best square matmul of either side in this process;
-the bandwidth is published for accelerators and measured on a CPU.  Torch's MKL does half
-of what XLA does on an AMD CPU; "equal matmul" is the ratio without that advantage, for
-work that is all matmul.
+the bandwidth is published for accelerators and measured on a CPU.  On some CPUs torch's
+matmul is half as fast as XLA's (AMD); "equal matmul" is the ratio without that advantage,
+for work that is all matmul.
 """
 
 import argparse
