@@ -326,6 +326,7 @@ def rollout(
   words = codec.tokenizer
   limits = dict(
     max_len=10**6,
+    max_patches=10**6,
     max_turns=max(map(len, turns.values())),
     max_new_tokens=max(len(ids) for t in turns.values() for ids in t),
   )
