@@ -44,7 +44,6 @@ class Bank:
     self.encoded = 0  # pictures
     self._encode = encode
     self._patches = patches
-    self._sizes = row_sizes(patches)
     self._pages = len(features) * 4 // patches
     self._page = 0  # next one to fill
     self._at: dict[str, int] = {}  # key -> first feature
@@ -52,11 +51,11 @@ class Bank:
   def hold(self, pictures: Iterable[Pixels]) -> None:
     """Makes sure that all of these lie in the bank together; encodes what is missing."""
     wanted = {p.key: p for p in pictures}
-    plan = self._plan([p for p in wanted.values() if p.key not in self._at])
+    plan = calls([p for p in wanted.values() if p.key not in self._at], self._patches)
     if self._page + len(plan) > self._pages:
       # Full: start over with what is wanted now.  The rest is encoded again on demand.
       self._at, self._page = {}, 0
-      plan = self._plan(list(wanted.values()))
+      plan = calls(wanted.values(), self._patches)
       if len(plan) > self._pages:
         raise ValueError(
           f"{len(wanted)} pictures of one call need {len(plan)} pages, the bank has "
@@ -64,7 +63,7 @@ class Bank:
         )
     for size, batch in plan:
       start = self._page * (self._patches // 4)
-      rows = _rows(batch, self._patches // size, size)
+      rows = as_rows(batch, self._patches // size, size)
       self.features = self._encode(self.features, rows, np.int32(start))
       for i, p in enumerate(batch):
         self._at[p.key] = start + i * (size // 4)
@@ -76,25 +75,33 @@ class Bank:
     """i32[M] row of the bank of each placeholder of a picture that `hold` has placed."""
     return self._at[picture.key] + picture.merged_row
 
-  def _plan(self, pictures: list[Pixels]) -> list[tuple[int, list[Pixels]]]:
-    """Calls (row size, pictures), the smallest sizes first, each in the given order."""
-    by_size: dict[int, list[Pixels]] = {size: [] for size in reversed(self._sizes)}
-    for p in pictures:
-      size = next((s for s in by_size if s >= p.num_patches), None)
-      if size is None:
-        raise ValueError(
-          f"a picture of grid {p.grid} has {p.num_patches} patches; the engine takes "
-          f"{self._patches}. Raise `patches` of the engine or lower the pixel budgets."
-        )
-      by_size[size].append(p)
-    plan = []
-    for size, group in by_size.items():
-      n = self._patches // size
-      plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
-    return plan
+
+def calls(
+  pictures: Iterable[Pixels], patches: int, times: int = 1
+) -> list[tuple[int, list[Pixels]]]:
+  """(row size, pictures) of each call, the smallest sizes first, each in its order.
+
+  Args:
+    patches: of the largest picture; a call takes `times` as many.
+  """
+  by_size: dict[int, list[Pixels]] = {size: [] for size in row_sizes(patches)[::-1]}
+  for p in pictures:
+    size = next((s for s in by_size if s >= p.num_patches), None)
+    if size is None:
+      raise ValueError(
+        f"a picture of grid {p.grid} has {p.num_patches} patches; the largest may have "
+        f"{patches}. Raise `patches` (engine or data) or lower the pixel budgets."
+      )
+    by_size[size].append(p)
+  plan = []
+  for size, group in by_size.items():
+    n = times * (patches // size)
+    plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
+  return plan
 
 
-def _rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
+def as_rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
+  """Pictures laid out one a row of `size` patches; the rest is padding."""
   patches = np.zeros((num_rows, size, pictures[0].patches.shape[1]), np.uint8)
   pos = np.zeros((num_rows, size, 2), np.int32)
   image = np.zeros((num_rows, size), np.int32)
