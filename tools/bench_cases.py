@@ -194,7 +194,7 @@ def train_flops(config: ModelConfig, examples, *, frozen: bool) -> float:
 
 
 def sft(b: Bench) -> list[Case]:
-  return [same_rows(b), same_data(b)]
+  return [same_rows(b), *same_data(b)]
 
 
 def same_rows(b: Bench) -> Case:
@@ -210,12 +210,18 @@ def same_rows(b: Bench) -> Case:
   )  # fmt: skip
 
 
-def same_data(b: Bench) -> Case:
-  """A pass over one set of examples, tower frozen: packed against padded."""
+def same_data(b: Bench) -> list[Case]:
+  """A pass over one set of examples, tower frozen: packed against padded.
+
+  First with the tower in every step, then as in every epoch but the first, with its
+  features kept (the peers keep none).
+  """
   examples = data.examples(b.size, b.config)
   n = b.size.batch
   groups = [examples[i : i + n] for i in range(0, len(examples), n)]
-  mine = b.own(ours.train, ours.packed(examples, b.size.row), freeze=ours.FROZEN)
+  first = b.own(ours.train, ours.packed(examples, b.size.row), freeze=ours.FROZEN)
+  kept = b.own(ours.with_features, examples, b.size.row)
+  later = b.own(ours.train, kept, freeze=ours.FROZEN)
   padded = b.theirs("train", [b.theirs("padded", g) for g in groups], freeze=True)
   packed = b.theirs("train", b.theirs("packed", examples, b.size.row), freeze=True)
 
@@ -224,12 +230,22 @@ def same_data(b: Bench) -> Case:
 
   tokens = sum(len(e.tokens) for e in examples)
   share = 1 - data.learned(examples) / tokens
-  return Case(
-    f"sft pass, same data, {len(examples)} examples", "tokens", tokens, mine,
-    _present(torch_padded=padded, torch_packed=packed),
-    flops=train_flops(b.config, examples, frozen=True), target={"torch padded": 1.5},
-    check=check, repeats=3, note=f"{share:.0%} of the tokens unsupervised, tower frozen",
-  )  # fmt: skip
+  name = f"sft pass, same data, {len(examples)} examples"
+  common = dict(unit="tokens", work=tokens, check=check, repeats=3)
+  note = f"{share:.0%} of the tokens unsupervised, tower frozen"
+  text = [dataclasses.replace(e, vision=[]) for e in examples]
+  return [
+    Case(
+      name, ours=first, peers=_present(torch_padded=padded, torch_packed=packed),
+      flops=train_flops(b.config, examples, frozen=True), note=note,
+      target={"torch padded": 1.5}, **common,
+    ),
+    Case(
+      f"{name}, features kept", ours=later, peers=_present(torch_padded=padded),
+      flops=train_flops(b.config, text, frozen=True), note=f"{note}, later epochs",
+      **common,
+    ),
+  ]  # fmt: skip
 
 
 def rl(b: Bench) -> list[Case]:
