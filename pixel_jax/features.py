@@ -56,7 +56,7 @@ class Bank:
   Args:
     tower: parameters of the tower, on the train mesh; copied whole to every local
       device, in the compute dtype (1.3 GB for the 7B).
-    patches: of the largest picture, and of one row of a call.
+    patches: of the largest picture.
     capacity: bytes that are kept.
   """
 
@@ -92,7 +92,9 @@ class Bank:
     sharding = NamedSharding(self._mesh, PartitionSpec("rows"))
     made, told, times = {}, [], self._mesh.size
     for size, group in pictures.calls(missing, self._patches, times):
-      rows = pictures.as_rows(group, times * (self._patches // size), size)
+      rows = pictures.as_rows(
+        group, times * pictures.row_count(size, self._patches), size
+      )
       told.append((group, self._encode(self._tower, jax.device_put(rows, sharding))))
     for group, features in told:  # after all of them were sent off
       for p, x in zip(group, np.asarray(features)):

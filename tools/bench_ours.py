@@ -69,7 +69,7 @@ def generate(
   B, S = context.shape
   program = jax.jit(
     functools.partial(decode.decode, config, stops=()),
-    static_argnames=("sampling", "view", "lanes"),
+    static_argnames=("sampling", "lanes"),
     donate_argnums=1,
   )
   position = jnp.broadcast_to(jnp.arange(S - 1)[:, None], (B, S - 1, 3))
@@ -94,7 +94,7 @@ def generate(
     # What an earlier run wrote lies beyond the lengths in `slots` and is not seen.
     held["cache"], _, out, *_ = program(
       params, held["cache"], slots, free, None,
-      sampling=decode.Sampling(greedy=True), view=S + tokens, lanes=B,
+      sampling=decode.Sampling(greedy=True), lanes=B,
     )  # fmt: skip
     return np.asarray(out)
 

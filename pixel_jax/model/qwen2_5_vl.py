@@ -223,7 +223,8 @@ def extend(
     features: what vision_index points to, row-local; None = text only.
     rows: distinct rows of the cache; None = the first R.  An index >= B is padding and
       is dropped.
-    view: attend to the first `view` slots only (static; length + count must fit in it).
+    view: attend to the first `view` slots only (static; length + count must fit in it);
+      a decoding step reads as far as its longest row anyway.
   """
   x = _embed(config, params, tokens, vision_index, features)
   view = cache.k.shape[3] if view is None else view

@@ -70,7 +70,7 @@ class Engine:
     delay: chunks from an operation's submission to its collection (`Scheduler`).
     lag: chunks that are sent off before the oldest is read.  With 1 the host works
       while the device does, but hears of the end of a turn one chunk late.
-    views: cache lengths that attention is compiled for; None = max_len alone.
+    views: cache lengths that prefill is compiled for; None = max_len alone.
     workers: threads that run operations and prepare prompts.
     zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
@@ -143,7 +143,7 @@ class Engine:
     """Programs that the buckets and the ways of sampling so far can ask for."""
     extend = len({self.prompt, self.turn}) * len(self.views)
     encode = len(pictures.row_sizes(self.patches))
-    decode = len(self._ways) * len(self.views) * len(self.lanes)
+    decode = len(self._ways) * len(self.lanes)
     return extend + encode + decode + len(("open", "cast", "fork", "place"))
 
   # ---- Run ---------------------------------------------------------------------------

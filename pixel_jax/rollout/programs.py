@@ -81,7 +81,7 @@ class Programs:
     self.place = jax.jit(bind(decode.place), donate_argnums=0, out_shardings=whole)
     self.decode = jax.jit(
       bind(decode.decode, config, stops=stops),
-      static_argnames=("sampling", "view", "lanes"),
+      static_argnames=("sampling", "lanes"),
       donate_argnums=(1, 2),
       out_shardings=(layout, whole, whole, whole, whole),
     )
