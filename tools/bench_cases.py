@@ -32,6 +32,7 @@ class Case:
   target: Mapping[str, float] = dataclasses.field(default_factory=dict)  # peer -> ratio
   check: Callable[[Any, Any], dict] | None = None  # (ours, theirs) -> differences
   repeats: int = 5
+  slow: bool = False  # minutes a call: peers, which compile nothing, are called once
   note: str = ""
 
 
@@ -308,7 +309,7 @@ def _rollout(b: Bench, equal: bool) -> Case:
   shape = "one turn of equal length" if equal else "1-6 turns, log-normal"
   return Case(
     f"rollout {count}, {shape}", "sampled tokens", sampled, mine, peers,
-    target={name: 1.5 if equal else 5.0 for name in peers}, check=check, repeats=2,
+    target={name: 1.5 if equal else 5.0 for name in peers}, check=check, repeats=2, slow=True,
   )  # fmt: skip
 
 
