@@ -309,7 +309,8 @@ def _rollout(b: Bench, equal: bool) -> Case:
   shape = "one turn of equal length" if equal else "1-6 turns, log-normal"
   return Case(
     f"rollout {count}, {shape}", "sampled tokens", sampled, mine, peers,
-    target={name: 1.5 if equal else 5.0 for name in peers}, check=check, repeats=2, slow=True,
+    target={name: 1.5 if equal else 5.0 for name in peers}, check=check,
+    repeats=2, slow=True,
   )  # fmt: skip
 
 
