@@ -183,7 +183,7 @@ class Engine:
       script: ids that a rollout is made to say, turn by turn; beyond them it is free.
         A stop id ends the turn as ever, and log-probs are those of the model.
       swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
-      fixed_batch: all slots decode at full length to the end, in one bucket.
+      fixed_batch: all slots decode to the end, and prefill sees the full length.
       progress: called with the number of rollouts that have ended since the last call.
     """
     if force not in (None, "answer", "operate"):
