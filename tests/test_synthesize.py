@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pixel_jax.chat import encode, tokenizer, tools
-from pixel_jax.data import synthesize, world
+from pixel_jax.data import boxes, synthesize, world
 from pixel_jax.pixels import ops
 from pixel_jax.trajectory import Media, Task
 
@@ -113,7 +113,7 @@ def test_wrong_operations_do_not_show_the_cue(codec):
           assert not chosen & set(reference["target_frames"])
         else:
           box = call.arguments["bbox_2d"]
-          assert not synthesize.overlap(box, reference["bbox_2d"])
+          assert not boxes.overlap(box, reference["bbox_2d"])
       assert world.covers(t.task, t.calls[-1], t.calls[:-1])
       if kind == "image/zoom":
         assert t.calls[-1].arguments["target_image"] == 2
@@ -236,15 +236,15 @@ def test_boxes_keep_to_the_grid_and_the_picture(codec):
   for n in range(200):
     rng = np.random.default_rng(n)
     cue = tuple(task_for("image", n).reference["bbox_2d"])
-    boxes = [
-      synthesize.noisy(cue, rng, (9.0, 6.0)),
-      synthesize.wrong_box(cue, rng),
-      synthesize.larger_box(cue, rng),
+    drawn = [
+      boxes.noisy(cue, rng, (9.0, 6.0)),
+      boxes.wrong(cue, rng),
+      boxes.larger(cue, rng),
     ]
-    for box in boxes:
+    for box in drawn:
       assert all(0 <= v <= 1 for v in box)
       assert min(box[2] - box[0], box[3] - box[1]) > 2.9 * world.GRID
-      written = json.loads(synthesize.numbers(box))
+      written = json.loads(boxes.WORLD.text(box))
       assert written == list(box)
       assert all(abs(v / world.GRID - round(v / world.GRID)) < 1e-6 for v in box)
 
@@ -302,13 +302,13 @@ def test_what_cannot_be_made_is_said(codec):
   with pytest.raises(synthesize.SynthesisError, match="no reference 'bbox_2d'"):
     synthesize.trajectory(codec, bare, rng, kinds={"image/single": 1.0})
   with pytest.raises(synthesize.SynthesisError, match="fills the picture"):
-    synthesize.wrong_box((0.0, 0.0, 1.0, 1.0), rng)
+    boxes.wrong((0.0, 0.0, 1.0, 1.0), rng)
 
 
 def test_a_reference_of_a_whole_picture_can_still_be_enlarged():
   rng = np.random.default_rng(0)
-  assert synthesize.larger_box((0.0, 0.0, 1.0, 1.0), rng) == (0.0, 0.0, 1.0, 1.0)
-  assert synthesize.inside((0.5, 0.5, 0.75, 1.0), (0.5, 0.5, 1.0, 1.0)) == (
+  assert boxes.larger((0.0, 0.0, 1.0, 1.0), rng) == (0.0, 0.0, 1.0, 1.0)
+  assert boxes.inside((0.5, 0.5, 0.75, 1.0), (0.5, 0.5, 1.0, 1.0)) == (
     0.0,
     0.0,
     0.5,
