@@ -100,13 +100,17 @@ def of_cue(task: Task, analysis: str, answer: str) -> Found:
   return None
 
 
-def of_whole(task: Task, prose: Prose) -> Found:
-  """Whether what is said before the operation asks for it, and for no other."""
+def of_whole(task: Task, prose: Prose, first: dict) -> Found:
+  """Whether what is said before the operation asks for it, and for no other.
+
+  Args:
+    first: the arguments of the first operation, which may be a planted one.
+  """
   for text in (prose.whole, prose.query):
     leaked = leak(text, task)
     if leaked:
       return "leak", f"{leaked!r} stands before the operation"
-  contradicted = contradiction(task, prose)
+  contradicted = contradiction(prose, task.reference) or contradiction(prose, first)
   return ("box", contradicted) if contradicted else None
 
 
@@ -174,9 +178,9 @@ def _has(text: str, part: str) -> bool:
 # ---- Contradictions ------------------------------------------------------------------
 
 
-def contradiction(task: Task, prose: Prose) -> str | None:
-  """Where the text and the reference cannot both be right."""
-  box, frames = (task.reference.get(k) for k in ("bbox_2d", "target_frames"))
+def contradiction(prose: Prose, place: dict) -> str | None:
+  """Where the text and the place (bbox_2d or target_frames) cannot both be right."""
+  box, frames = (place.get(k) for k in ("bbox_2d", "target_frames"))
   # What is said of other things is no contradiction: only the words that name the
   # target, and sentences that have some of them.
   target = {w.casefold() for w in WORD.findall(prose.query)} - COMMON
@@ -185,16 +189,17 @@ def contradiction(task: Task, prose: Prose) -> str | None:
     if target & {w.casefold() for w in WORD.findall(sentence)}:
       about.append(sentence)
   for sentence in about:
+    found = None
     if frames:
       found = _other_frames(sentence, frames)
-    else:
+    elif box:
       found = _other_place(sentence, tuple(box))
     if found:
       return found
   for numbers in COORDINATES.findall(f"{prose.whole} {prose.cue}"):
     told = tuple(map(float, numbers))
     if box and not frames and max(told) <= 1 and not boxes.overlap(told, tuple(box)):
-      return f"it gives the box {list(told)}, the cue is {list(box)}"
+      return f"it gives the box {list(told)}, not {list(box)}"
   return None
 
 
@@ -202,7 +207,7 @@ def _other_frames(sentence: str, frames: list[int]) -> str | None:
   for first, last in FRAMES.findall(sentence):
     low, high = int(first), int(last or first)
     if not any(low <= frame <= high for frame in frames):
-      return f"it looks for it in frames {low} to {high}, the cue is {frames}"
+      return f"it looks for it in frames {low} to {high}, not in {frames}"
   return None
 
 
@@ -217,5 +222,5 @@ def _other_place(sentence: str, box: Box) -> str | None:
   for word in re.split("[ -]", places[0].lower()):
     axis, is_high = PLACES[word]
     if (box[axis + 2] <= 0.5) if is_high else (box[axis] >= 0.5):
-      return f"it looks for it at the {places[0].lower()}, the cue is {list(box)}"
+      return f"it looks for it at the {places[0].lower()}, not in {list(box)}"
   return None

@@ -13,6 +13,7 @@ import asyncio
 import collections
 import dataclasses
 import hashlib
+import json
 from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any, TypeVar
 
@@ -150,7 +151,7 @@ class _Seed:
     fine = boxes.fine(*picture.size, recipe.min_side, self.codec.profile)
     grid = boxes.WORLD if is_world else fine
     # What cannot be drawn is found before anything is asked.
-    synthesize.plan(
+    planned = synthesize.plan(
       self.task,
       self.kind,
       recipe.rng(self.task, "boxes"),
@@ -166,11 +167,14 @@ class _Seed:
     found = checks.of_cue(self.task, cue, answer)
     if found:
       raise Dropped(*found)
+    first = json.loads(planned[0].arguments)
+    # A larger box shows the cue, too.
+    place = not planned[0].planted or self.kind == "image/zoom"
     whole, query = await self._reply(
-      prompts.whole(self.task, pictures), prompts.analysis_and_query
+      prompts.whole(self.task, pictures, place=place), prompts.analysis_and_query
     )
     self.prose = Prose(whole, query, cue)
-    found = checks.of_whole(self.task, self.prose)
+    found = checks.of_whole(self.task, self.prose, first)
     if found:
       raise Dropped(*found)
     return await asyncio.to_thread(

@@ -58,7 +58,11 @@ class Journal:
     self._open: dict[str, int] = {}  # key -> what it may cost
     self.spent = 0
     self._end = 0
-    self._read()
+    try:
+      self._read()
+    except JournalError:
+      self.close()
+      raise
     self.lost = len(self._open)  # by a run that was killed
     self.spent += sum(self._open.values())
     self._open.clear()

@@ -29,9 +29,9 @@ SYSTEM = (
 )
 WHOLE = """Question about {what}: {question}
 
-You see all of it. In two to four sentences, say what it shows and where in it the \
-answer must be looked for. Do not answer the question and do not guess: what decides it \
-is too small or too short to be made out here.
+You see all of it. In two to four sentences, say what it shows and {where}. Do not \
+answer the question and do not guess: what decides it is too small or too short to be \
+made out here.
 
 {{"analysis": "...", "query": "what must be looked at closely, a short noun phrase such \
 as: the sign above the door"}}"""
@@ -85,9 +85,19 @@ class NotValid(ValueError):
 # ---- Questions -----------------------------------------------------------------------
 
 
-def whole(task: Task, pictures: Sequence[Image.Image]) -> Request:
-  """Asks for the analysis of the whole input."""
-  text = WHOLE.format(what=_what(task, len(pictures)), question=task.question)
+def whole(task: Task, pictures: Sequence[Image.Image], *, place: bool) -> Request:
+  """Asks for the analysis of the whole input.
+
+  Args:
+    place: whether it may say where to look; not before an operation that goes wrong.
+  """
+  where = (
+    "where in it to look for the answer"
+    if place
+    else ("what the answer depends on, but not where that is")
+  )
+  what = _what(task, len(pictures))
+  text = WHOLE.format(what=what, question=task.question, where=where)
   return Request(SYSTEM, text, pictures)
 
 
@@ -192,7 +202,9 @@ def parse(text: str | None) -> dict[str, Any]:
   """The JSON object of a reply; fences and a box around it are forgiven."""
   if text is None:
     raise Malformed("the reply has no text, or far too much")
-  body = answers.boxed(text) or text  # our own checkpoints answer in a box
+  body = text.strip()
+  if body.startswith("\\boxed"):  # as our own checkpoints answer
+    body = answers.boxed(body) or body
   start, end = body.find("{"), body.rfind("}")
   if not 0 <= start < end:
     raise Malformed(f"no JSON object in the reply {_short(text)}")

@@ -17,6 +17,7 @@ The order in which replies come changes nothing but the time that it takes.
 import asyncio
 import base64
 import collections
+import contextlib
 import dataclasses
 import email.utils
 import functools
@@ -27,7 +28,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from PIL import Image
 
@@ -278,8 +279,11 @@ class Teacher:
 # ---- Endpoints -----------------------------------------------------------------------
 
 
-def endpoint(model: str, *, timeout: float = 120.0, json_mode: bool = True) -> Complete:
-  """Chat completions of an OpenAI-compatible server.
+@contextlib.asynccontextmanager
+async def endpoint(
+  model: str, *, timeout: float = 120.0, json_mode: bool = True
+) -> AsyncIterator[Complete]:
+  """Chat completions of an OpenAI-compatible server; open while in `async with`.
 
   Where it is and the key come from the environment alone: OPENAI_BASE_URL,
   OPENAI_API_KEY.  Neither is printed, nor stored.
@@ -328,7 +332,8 @@ def endpoint(model: str, *, timeout: float = 120.0, json_mode: bool = True) -> C
       raise Again("cut off", billed=True) from error
     return read(completion)
 
-  return complete
+  async with client:
+    yield complete
 
 
 def _refused(error, told: str) -> Exception:
