@@ -278,6 +278,8 @@ def test_the_teacher_must_find_the_answer_in_the_cue(analysis, answer, gold, rea
 def test_cues_that_cannot_be_zoomed_in_on():
   assert checks.of_seed(task("x"), (1000, 1000), 28) is None
   assert checks.of_seed(task("x"), (270, 1000), 28)[0] == "small"
+  line = task("x", box=(0.0, 0.5, 1.0, 0.505))
+  assert checks.of_seed(line, (6000, 5600), 28)[0] == "small"
   assert checks.of_seed(task("x", box=(0.1, 0, 0.9, 0.9)), (1000, 1000), 28)[0] == (
     "large"
   )

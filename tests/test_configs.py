@@ -10,6 +10,7 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pack, sources, synthesize, world
 
 ARGS = {"sft": ("base", "full", "base,full"), "rl": ("full",), "evaluate": ("full",)}
+ARGS["synthesize"] = ()
 TINY = [(name, option) for name in ARGS for option in ("", *ARGS[name])]
 
 

@@ -4,7 +4,7 @@ Each returns None, or (reason, detail); reasons are few and are counted.  The ch
 first: a seed is looked at before a teacher is asked, the cue before the whole.
 
   of_seed   large    the cue is most of the picture: there is nothing to zoom in on
-            small    the crop of the cue has too few pixels to be read
+            small    the crop of the cue has too few pixels to be read, or is a line
   of_cue    answer   the teacher, shown the cue, answers otherwise
             box      it says that the cue does not show it
   of_whole  leak     the answer stands before the operation that finds it
@@ -20,6 +20,7 @@ from pixel_jax import answers
 from pixel_jax.data import boxes
 from pixel_jax.data.boxes import Box
 from pixel_jax.data.synthesize import Prose
+from pixel_jax.pixels import image
 from pixel_jax.trajectory import Task
 
 Found = tuple[str, str] | None
@@ -87,6 +88,8 @@ def of_seed(task: Task, size: tuple[int, int], min_side: int) -> Found:
   sides = [(box[i + 2] - box[i]) * size[i] for i in (0, 1)]
   if min(sides) < min_side:
     return "small", f"the cue is {sides[0]:.0f}x{sides[1]:.0f} pixels, under {min_side}"
+  if max(sides) > image.MAX_ASPECT * min(sides):
+    return "small", f"the cue is {sides[0]:.0f}x{sides[1]:.0f} pixels, too narrow"
   return None
 
 

@@ -178,9 +178,14 @@ class Teacher:
       return known
     if key not in self._asking:  # of two who ask the same, one asks
       future = asyncio.ensure_future(self._ask(key, request))
-      future.add_done_callback(lambda _: self._asking.pop(key, None))
+      future.add_done_callback(lambda done: self._forget(key, done))
       self._asking[key] = future
     return await asyncio.shield(self._asking[key])
+
+  def _forget(self, key: str, done: asyncio.Future) -> None:
+    del self._asking[key]
+    if not done.cancelled():
+      done.exception()  # seen, also where those who asked are gone
 
   async def _ask(self, key: str, request: Request) -> Reply:
     last = ""
