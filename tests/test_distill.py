@@ -96,14 +96,14 @@ def lines(workdir, name):
 
 def test_every_seed_ends_once_whatever_the_server_does(tool, serve, tmp_path):
   server = serve(passing=0.4, staying=0.4, delay=0.005)
-  config = configure(48)
+  config = configure(60)
   report = run(tool, config, tmp_path / "a")
   written = lines(tmp_path / "a", "trajectories.jsonl")
   dropped = lines(tmp_path / "a", "dropped.jsonl")
   # All faults were met, and no seed was lost or doubled by one.
   assert set(server.faults) == set(teachers.PASSING) | set(teachers.STAYING)
   ids = [t["task"]["id"] for t in written] + [d["task"]["id"] for d in dropped]
-  expected = [sources.open_source("world:train")[i].id for i in range(48)]
+  expected = [sources.open_source("world:train")[i].id for i in range(60)]
   assert sorted(ids) == sorted(expected)
   assert report["open"] == 0 and report["written"] == len(written) > 15
   reasons = collections.Counter(d["reason"] for d in dropped)
