@@ -48,8 +48,10 @@ def test_wrong_boxes_show_nothing_of_the_cue(cue, grid, seed, padding):
   try:
     box = boxes.wrong(cue, np.random.default_rng(seed), grid, padding)
   except boxes.SynthesisError:
-    # It says so only where there is little room: on no side is a third free.
-    assert max(*cue[:2], *(1 - v for v in cue[2:])) < 0.34 + padding
+    # It says so only where there is no room: no side has place for the least box.
+    for i in (0, 1):
+      free = max(cue[i], 1 - cue[i + 2]) - padding
+      assert free < (grid.least[i] + 2) / grid.bins
     return
   check_box(box, grid)
   padded = boxes.pad(box, padding)

@@ -105,6 +105,19 @@ def wrong(
     box = on_grid((x, y, x + w, y + h), grid)
     if not overlap(pad(box, padding), cue):
       return box
+  # Little room is seldom hit by chance: one of the four strips beside the cue.
+  left, top = (math.floor((cue[i] - padding) * bins + 1e-6) for i in (0, 1))
+  right, below = (math.ceil((cue[i + 2] + padding) * bins - 1e-6) for i in (0, 1))
+  end, (w, h) = grid.last, grid.least
+  strips = [(0, 0, left, end), (right, 0, end, end), (0, 0, end, top)]
+  strips = [
+    s for s in (*strips, (0, below, end, end)) if s[2] - s[0] >= w and s[3] - s[1] >= h
+  ]
+  if strips:
+    x1, y1, x2, y2 = strips[rng.integers(len(strips))]
+    w, h = rng.integers(w, x2 - x1 + 1), rng.integers(h, y2 - y1 + 1)
+    x, y = rng.integers(x1, x2 - w + 1), rng.integers(y1, y2 - h + 1)
+    return on_grid((x, y, x + w, y + h), grid)
   raise SynthesisError(
     f"no box beside the reference {cue}: it fills the picture. Leave image/recrop1 and "
     "image/recrop2 out of the kinds for such tasks."
