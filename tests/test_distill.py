@@ -344,6 +344,7 @@ BAD = {
   "outside": dict(media=[Media("image", "../secret.png")]),
   "no box": dict(reference={"bbox_2d": [0.1, 0.2, 0.3]}),
   "pixels": dict(reference={"bbox_2d": [10, 20, 30, 40]}),
+  "list": dict(reference=["bbox_2d"]),
   "reversed": dict(reference={"bbox_2d": [0.5, 0.2, 0.3, 0.4]}),
   "nan": dict(reference={"bbox_2d": [0.5, 0.2, float("nan"), 0.4]}),
   "text": dict(reference={"bbox_2d": ["a", "b", "c", "d"]}),

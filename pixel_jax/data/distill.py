@@ -195,6 +195,10 @@ class _Seed:
       self.task = record.task if isinstance(record, Trajectory) else record
       if not self.task.media:
         raise Dropped("seed", "it has no picture; only seeing is taught here")
+      if not isinstance(self.task.reference, dict):
+        raise Dropped(
+          "seed", f"reference is {self.task.reference!r}; expected an object"
+        )
       if _has_cue(self.task):
         sources.check_task(self.task)
       shown = encode.question_pictures(self.codec, self.task, self.source.load_media)

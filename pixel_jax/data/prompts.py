@@ -174,7 +174,7 @@ def proposal(
     task,
     question=f"{question}\n{listed}",
     answer=LETTERS[order.index(right - 1)],
-    reference={**task.reference, **_place(d, task, frames)},
+    reference=_place(d, task, frames),
   )
 
 
