@@ -103,8 +103,13 @@ def to_json(trajectory: Trajectory) -> str:
 
 def from_json(line: str) -> Trajectory:
   """The inverse of `to_json`: `from_json(to_json(t)) == t`."""
-  d = json.loads(line)
-  task = d.pop("task")
+  return from_dict(json.loads(line))
+
+
+def from_dict(fields: dict[str, Any]) -> Trajectory:
+  """A trajectory of `dataclasses.asdict`, as JSON or parquet give it back."""
+  d = dict(fields)
+  task = dict(d.pop("task"))
   task["media"] = [Media(**m) for m in task["media"]]
   d["position"] = [tuple(p) for p in d["position"]]
   d["slots"] = [Slot(**{**s, "grid": tuple(s["grid"])}) for s in d["slots"]]

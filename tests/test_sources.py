@@ -10,7 +10,7 @@ from PIL import Image
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import sources, synthesize, world
+from pixel_jax.data import formats, media, records, sources, synthesize, world
 from pixel_jax.trajectory import Media, Task
 
 
@@ -89,24 +89,24 @@ def test_lines_in_any_order(tmp_path):
 @pytest.mark.parametrize(
   ("line", "says"),
   [
-    ("{", "line 2"),
+    ("{", "x.jsonl#1"),
     ("[1, 2]", "JSON object"),
-    (json.dumps({"id": "q"}), "missing"),
+    (json.dumps({"id": "q"}), "no layout"),
     (json.dumps(record(anwser="O")), "unknown"),
     (json.dumps(record(answer="")), "no answer"),
     (json.dumps(record(answer=[])), "no answer"),
-    (json.dumps(record(answer=None)), "no answer"),
+    (json.dumps(record(answer=None)), "missing"),
     (json.dumps(record(question=" ")), "no question"),
     (json.dumps(record(media=[{"kind": "image"}])), "path"),
     (json.dumps(record(media=3)), "not iterable"),
-    (json.dumps({"task": 3}), "line 2"),
+    (json.dumps({"task": 3}), "x.jsonl#1"),
   ],
 )
 def test_bad_lines_say_where_and_why(tmp_path, line, says):
   write(tmp_path / "x.jsonl", record(), line)
   source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
   assert source[0].id == "q"
-  with pytest.raises(sources.BadRecord, match=says):
+  with pytest.raises(records.BadRecord, match=says):
     source[1]
 
 
@@ -119,25 +119,25 @@ def test_media_stay_below_the_root(tmp_path):
   os.symlink(tmp_path / "out.png", root / "link.png")
 
   def load(path, kind="image"):
-    return sources.load_media(Media(kind, path), root)
+    return media.Library(root).load(Media(kind, path))
 
   assert load("sub/in.png").size == (8, 8)
   assert load("sub/../sub/in.png").size == (8, 8)
   assert load(str(root / "sub" / "in.png")).size == (8, 8)
   for path in ("../out.png", str(tmp_path / "out.png"), "link.png", "/etc/passwd"):
-    with pytest.raises(sources.BadRecord, match="outside of the root"):
+    with pytest.raises(records.BadRecord, match="outside of the root"):
       load(path)
-    with pytest.raises(sources.BadRecord, match="outside of the root"):
+    with pytest.raises(records.BadRecord, match="outside of the root"):
       load(["sub/in.png", path], "video")
-  with pytest.raises(sources.BadRecord, match="no file"):
+  with pytest.raises(records.BadRecord, match="no file"):
     load("sub/none.png")
-  with pytest.raises(sources.BadRecord, match="kind"):
+  with pytest.raises(records.BadRecord, match="kind"):
     load(["sub/in.png", "sub/in.png"], "image")
   assert len(load(["sub/in.png"] * 3, "video").frames) == 3
   assert load("world:0/train/0").size == (252, 252)
 
 
 def test_a_task_needs_an_answer():
-  sources.check_task(Task("t", "What?", ["", "O"][1:], []))
-  with pytest.raises(sources.BadRecord, match="no answer"):
-    sources.check_task(Task("t", "What?", ["O", ""], []))
+  formats.check_task(Task("t", "What?", ["", "O"][1:], []))
+  with pytest.raises(records.BadRecord, match="no answer"):
+    formats.check_task(Task("t", "What?", ["O", ""], []))

@@ -29,7 +29,7 @@ import grain
 import numpy as np
 
 from pixel_jax.chat import encode
-from pixel_jax.data import pack, sources, synthesize
+from pixel_jax.data import formats, pack, records, synthesize
 from pixel_jax.trajectory import Task, Trajectory
 
 # A share of very few records says nothing: it is taken of at least so many.
@@ -168,7 +168,7 @@ def usable_task(source: Any, index: int, shard: int = 0) -> Task:
   """A record as a question; raises when no rollout could be made of it."""
   record = source[index]
   task = record.task if isinstance(record, Trajectory) else record
-  sources.check_task(task)
+  formats.check_task(task)
   for media in task.media:
     source.load_media(media)
   return dataclasses.replace(task, shard=shard)
@@ -269,29 +269,31 @@ def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Exam
   record = source[index]
   if isinstance(record, Trajectory):
     t = record
-    sources.check_task(t.task)
+    formats.check_task(t.task)
+    if t.turns and not t.ids:
+      return encode.example(*formats.retell(t, codec, source.load_media))
     lengths = {len(x) for x in (t.ids, t.sampled, t.weight, t.logp, t.position)}
     if len(lengths) > 1:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"task {t.task.id}: ids, sampled, weight, logp and position differ in length "
         f"({sorted(lengths)})"
       )
     if t.profile != codec.profile:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"the trace has the prompt profile {t.profile!r}, the run {codec.profile!r}"
       )
     if t.ids and max(t.ids) >= codec.tokenizer.vocab_size:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"the trace has token {max(t.ids)}, the tokenizer {codec.tokenizer.vocab_size} "
         "tokens; it was made with another tokenizer"
       )
     return encode.example(t, encode.redraw(t, codec, source.load_media))
   if source.synthesis is None:
-    raise sources.BadRecord(
+    raise records.BadRecord(
       f"task {record.id} is a question without a trace; give the config a synthesis "
       "section, or a file of trajectories"
     )
-  sources.check_task(record)
+  formats.check_task(record)
   made = synthesize.trajectory(
     codec, record, rng, load_media=source.load_media, **source.synthesis
   )
