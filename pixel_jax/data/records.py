@@ -212,7 +212,7 @@ class _List(_Spans):
   def __init__(self, path: pathlib.Path):
     # Latin-1: a character is a byte, so that what the parser counts are offsets, and
     # what it looks for ([]{}",) is the same as in UTF-8.
-    text = path.read_text(encoding="latin-1", newline="")
+    text = path.read_bytes().decode("latin-1")
     scan, spaces = json.JSONDecoder().raw_decode, " \t\r\n"
 
     def skip(at: int) -> int:
