@@ -148,13 +148,16 @@ READERS = {
 
 def assert_same(source, wanted, count):
   """Every record of the source, beside those of the independent reader."""
-  wanted = list(wanted)
+  wanted, looked_at = list(wanted), set()
   assert len(source) == len(wanted) == count
   for i, (question, answer, shown, calls) in enumerate(wanted):
     record = source[i]
     task = record.task if isinstance(record, Trajectory) else record
     assert (task.question, task.answer) == (question, answer)
-    assert_shows(source, task.media, shown)
+    names = str([m.path for m in task.media])
+    if names not in looked_at:  # a thousand records name the same few files
+      assert_shows(source, task.media, shown)
+      looked_at.add(names)
     assert (calls is None) == isinstance(record, Task)
     if calls is not None:
       told = [{"name": c.name, "arguments": c.arguments} for c in record.calls]

@@ -254,6 +254,7 @@ class _Parquet:
         "pyarrow.parquet.write_table(table, path, row_group_size=100)"
       )
     self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+    self._bytes = 0
     self._lock = threading.Lock()
 
   def __len__(self) -> int:
@@ -267,9 +268,10 @@ class _Parquet:
     with self._lock:
       if g not in self._kept:
         self._kept[g] = self._file.read_row_group(g, use_threads=False)
+        self._bytes += self._kept[g].nbytes
       self._kept.move_to_end(g)
-      while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > KEPT:
-        self._kept.popitem(last=False)
+      while len(self._kept) > 1 and self._bytes > KEPT:
+        self._bytes -= self._kept.popitem(last=False)[1].nbytes
       return self._kept[g]
 
 

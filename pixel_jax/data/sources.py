@@ -1,8 +1,9 @@
 """Sources: random access to questions and traces, and to the pictures they name.
 
 Not the order, not the shards (`pipeline.py`).  A source has `len`, `source[i]`, which
-is a `Task` or a `Trajectory`, `load_media`, `filter`, and `synthesis`: None, or how a
-task becomes a trace (keyword arguments of `synthesize.trajectory`).
+is a `Task` or a `Trajectory`, `load_media`, a `filter` that the pipeline asks, the
+`codec` it was opened with, and `synthesis`: None, or how a task becomes a trace
+(keyword arguments of `synthesize.trajectory`).
 
   world:train          the tiny world: a quarter of the scenes are videos
   world:val/image      only the images;  world:7/train is another world, of seed 7
@@ -82,7 +83,7 @@ def open_source(
 
   Args:
     root: where the paths begin; "" = the current directory.
-    codec: says how many frames of a video are read.
+    codec: says how many frames of a video are read, and counts tokens for the filter.
     weights: of a mixture, a share each; () = every record once.
     filter: fields of `Filter`.
     kinds: shares of the kinds of traces; None = tasks stay tasks.  The others are those
@@ -98,20 +99,23 @@ def open_source(
       "answer_weight": answer_weight,
     }
   limits = Filter(**(filter or {}))
+  if codec is None and (limits.min_tokens or limits.max_tokens):
+    raise SourceError("data.filter counts tokens; open the source with a codec")
   frames = codec.video_frames if codec else 16
   library = media.Library(root, frames)
-  parts = [_open_one(u, library, synthesis, limits) for u in uri.split(",") if u]
-  if len(parts) == 1 and not weights:
-    return parts[0]
-  return Mixture(parts, library, weights)
+  parts = [_open_one(u, library, synthesis) for u in uri.split(",") if u]
+  mixed = len(parts) != 1 or len(weights)
+  source = Mixture(parts, library, weights) if mixed else parts[0]
+  source.filter, source.codec = limits, codec
+  return source
 
 
-def _open_one(uri: str, library, synthesis, limits) -> "World | File":
+def _open_one(uri: str, library, synthesis) -> "World | File":
   scheme, _, rest = uri.partition(":")
   if scheme == "world":
-    return World(rest, synthesis, limits)
+    return World(rest, synthesis)
   if scheme in records.SCHEMES:
-    return File(uri, library, synthesis, limits)
+    return File(uri, library, synthesis)
   raise SourceError(
     f"data.uri={uri!r}: the scheme {scheme!r} is unknown; allowed are world:SPLIT, "
     f"{', '.join(f'{s}:FILE' for s in records.SCHEMES[:-1])} and tfds:NAME/SPLIT"
@@ -124,10 +128,10 @@ class World:
   With synthesis, images and videos come as often as the kinds ask for.
   """
 
-  def __init__(
-    self, rest: str, synthesis: dict | None = None, filter: Filter = NO_FILTER
-  ):
-    self.filter = filter
+  filter: Filter = NO_FILTER
+  codec: Any = None
+
+  def __init__(self, rest: str, synthesis: dict | None = None):
     words = rest.split("/")
     self.seed = int(words.pop(0)) if words[0].isdigit() else 0
     self.split = words.pop(0) if words else ""
@@ -168,15 +172,12 @@ class World:
 class File:
   """The records of a file or several, as questions and traces."""
 
-  def __init__(
-    self,
-    uri: str,
-    library: media.Library,
-    synthesis: dict | None = None,
-    filter: Filter = NO_FILTER,
-  ):
+  filter: Filter = NO_FILTER
+  codec: Any = None
+
+  def __init__(self, uri: str, library: media.Library, synthesis: dict | None = None):
     self.records = records.open_records(uri, library.root)
-    self.synthesis, self.filter = synthesis, filter
+    self.synthesis = synthesis
     library.add(self.records)
     self._library, self.load_media = library, library.load
 
@@ -203,6 +204,9 @@ class Mixture:
   others come round again meanwhile; so nothing is never seen.
   """
 
+  filter: Filter = NO_FILTER
+  codec: Any = None
+
   def __init__(
     self, parts: Sequence[Any], library: media.Library, weights: Sequence[float] = ()
   ):
@@ -226,7 +230,7 @@ class Mixture:
     self._starts = np.concatenate([[0], np.cumsum(counts)])
     places = [(np.arange(n) + 0.5) / n for n in counts]
     self._order = np.argsort(np.concatenate(places), kind="stable")
-    self.filter, self.synthesis = self.parts[0].filter, self.parts[0].synthesis
+    self.synthesis = self.parts[0].synthesis
 
   def __len__(self) -> int:
     return len(self._order)
