@@ -1,11 +1,13 @@
 """Formats: foreign layouts as questions and traces, against the files' own readers."""
 
 import dataclasses
+import importlib
 import io
 import json
 import zipfile
 
 import layouts
+import ml_collections
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -366,3 +368,64 @@ def test_traces_of_every_container_are_the_same(tmp_path, codec):
   want = trajectory.from_json(trajectory.to_json(t))
   assert got.ids == want.ids and got.slots == want.slots
   assert got.position == want.position and got.calls[0].name == want.calls[0].name
+
+
+# ---- Hosts, and whole runs -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [layouts.pixel_reasoner_sft, layouts.messages])
+def test_two_hosts_read_every_record_once_in_the_batches_of_one(
+  layout, codec, tmp_path
+):
+  """An epoch of both kinds of stream; the rows of one host and of two are equal."""
+  n = 24
+  source = sources.open_source(layout(tmp_path, n), root=tmp_path, codec=codec)
+  plan = dict(seed=3, rows=4, tokens=1024, patches=512, pack_window=3, shards=4)
+  one = pipeline.batches(source, codec, **plan)
+  two = [
+    pipeline.batches(source, codec, **plan, host=h, hosts=2, threads=1 + h)
+    for h in (0, 1)
+  ]
+  for _ in range(3):
+    want, parts = next(one), [next(stream) for stream in two]
+    for key, x in want.items():
+      np.testing.assert_array_equal(x, np.concatenate([p[key] for p in parts]))
+  plan = dict(seed=3, batch=8, shards=4)
+  one = pipeline.tasks(source, **plan)
+  two = [pipeline.tasks(source, **plan, host=h, hosts=2) for h in (0, 1)]
+  for _ in range(2):  # epochs
+    names = []
+    for _ in range(n // 8):
+      got = [t for stream in two for t in next(stream)]
+      assert got == next(one)
+      names += [t.id for t in got]
+    assert len(names) == len(set(names)) == n
+
+
+@pytest.fixture(scope="module")
+def sft():
+  """The tiny config on foreign data: every URI is the same program, compiled once."""
+  config = importlib.import_module("configs.sft").get_config("tiny")
+  config.total_steps = config.eval_every = config.save_every = 1
+  config.data.update(rows=1, shards=1, tokens=512, patches=512, pack_window=8)
+  config.eval.batches = 1
+  config.synthesis.kinds = {"image/direct": 0.5, "video/direct": 0.5}
+  config.synthesis.operation_share = 1.0
+  return config
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*layouts.TRACES, *layouts.QUESTIONS])
+def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path_factory):
+  from pixel_jax import train_sft
+
+  root = tmp_path_factory.mktemp("data")
+  config = ml_collections.ConfigDict(sft.to_dict())
+  config.data.root = str(root)
+  config.data.uri = config.eval.uri = layout(root, 8)
+  workdir = tmp_path_factory.getbasetemp() / "runs" / layout.__name__
+  train_sft.main(config, workdir)
+  (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  assert np.isfinite([line["loss"], line["eval/loss"]]).all()
+  assert line["data/bad_records"] == line["data/left_out"] == 0
+  assert 0 < line["data/utilisation"] <= 1 and 0 < line["data/patch_utilisation"] <= 1

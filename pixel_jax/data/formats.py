@@ -276,9 +276,9 @@ def _messages(record, name) -> Trajectory:
 
 def _with_column(messages, record, name, place: str = "") -> list[Turn]:
   """The turns; the media beside them go to their places, or all to the question."""
-  beside = _column(record, name)
-  rest = iter(beside)
-  turns = _turns(messages, rest if beside else None, place)
+  rest = iter(_column(record, name))
+  has_column = any(k in record for k in ("images", "image", "videos", "video"))
+  turns = _turns(messages, rest if has_column else None, place)
   rest = list(rest)
   user = next((t for t in turns if t.role == "user"), None)
   if rest and user is not None:

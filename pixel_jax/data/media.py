@@ -35,7 +35,7 @@ class Library:
   def __init__(self, root: str | pathlib.Path = "", num_frames: int = 16):
     """`num_frames`: that are read of a clip."""
     self.root, self.num_frames = root, num_frames
-    self._zips: dict[str, zipfile.ZipFile] = {}
+    self._zips: dict[str, zipfile.ZipFile | BadRecord] = {}
     self._records: dict[str, records.Records] = {}
     self._lock = threading.RLock()
     self._beside: list[str] | None = None
@@ -50,6 +50,8 @@ class Library:
     if one and media.path.startswith("world:"):
       return world.load_media(media)
     names = [media.path] if one else media.path
+    if not names:
+      raise BadRecord(f"a {media.kind} of 0 frames; drop the example")
     if media.kind == "image" and len(names) == 1:
       return self._image(names[0])
     if media.kind == "video":
@@ -91,7 +93,12 @@ class Library:
       return records.value(rows[int(row)], keys, name)
     full = records.resolve(name, self.root)
     if not full.is_file():
-      raise BadRecord(f"media path {name!r}: no file {full}; check data.root")
+      broken = [z for z in self._archives() if isinstance(self._zip(z), BadRecord)]
+      but = f" ({', '.join(broken)}: cannot be read)" if broken else ""
+      raise BadRecord(
+        f"media path {name!r}: no file {full}, nor in an archive below the root{but}; "
+        "check data.root"
+      )
     return full
 
   def find(self, path: str) -> str:
@@ -106,13 +113,16 @@ class Library:
     if known or records.resolve(path, self.root).is_file():
       return path
     first, _, rest = path.partition("/")
-    archives = self._archives()
-    for archive in archives:
-      if path in self._zip(archive).NameToInfo:
+    members = {
+      name: opened.NameToInfo
+      for name in self._archives()
+      if isinstance(opened := self._zip(name), zipfile.ZipFile)
+    }
+    for archive, inside in members.items():
+      if path in inside:
         return f"zip:{archive}!{path}"
-    own = f"{first}.zip"
-    if own in archives and rest in self._zip(own).NameToInfo:
-      return f"zip:{own}!{rest}"
+    if rest in members.get(f"{first}.zip", ()):
+      return f"zip:{first}.zip!{rest}"
     return path  # it is absent; to load it says so
 
   def records(self, uri: str) -> records.Records:
@@ -135,18 +145,22 @@ class Library:
       )
     return self._beside
 
-  def _zip(self, name: str) -> zipfile.ZipFile:
+  def _zip(self, name: str) -> zipfile.ZipFile | BadRecord:
+    """The archive, or why it is none."""
     with self._lock:
       if name not in self._zips:
         full = records.resolve(name, self.root, "archive")
         try:
           self._zips[name] = zipfile.ZipFile(full)
         except (OSError, zipfile.BadZipFile) as error:
-          raise BadRecord(f"archive {name!r}: {error}; expected a whole zip") from error
+          why = BadRecord(f"archive {name!r}: {error}; expected a whole zip")
+          self._zips[name] = why
       return self._zips[name]
 
   def _member(self, archive: str, member: str) -> bytes:
     opened, name = self._zip(archive), f"zip:{archive}!{member}"
+    if isinstance(opened, BadRecord):
+      raise opened
     info = opened.NameToInfo.get(member)
     if info is None or info.is_dir():
       raise BadRecord(f"media {name!r}: no such member of {archive}")

@@ -189,11 +189,11 @@ class File:
     record = formats.read(self.records[i], name)
     task = record.task if isinstance(record, Trajectory) else record
     for m in task.media:
-      paths = [m.path] if isinstance(m.path, str) else m.path
+      paths = m.path if isinstance(m.path, list) else [m.path]
       if not all(isinstance(p, str) for p in paths):
         raise BadRecord(f"{name}: a media path is no text: {m.path!r:.80}")
       found = [self._library.find(p) for p in paths]
-      m.path = found[0] if isinstance(m.path, str) else found
+      m.path = found if isinstance(m.path, list) else found[0]
     return record
 
 
