@@ -408,7 +408,7 @@ def sft():
   config = importlib.import_module("configs.sft").get_config("tiny")
   config.total_steps = config.eval_every = config.save_every = 1
   config.data.update(rows=1, shards=1, tokens=512, patches=512, pack_window=8)
-  config.eval.batches = 1
+  config.eval.batches, config.optim.warmup_steps = 1, 0
   config.synthesis.kinds = {"image/direct": 0.5, "video/direct": 0.5}
   config.synthesis.operation_share = 1.0
   return config
