@@ -22,9 +22,9 @@ class Media:
   """One picture or clip of a question: where it lies, not its pixels."""
 
   kind: str  # "image" or "video"
-  path: (
-    str | list[str]
-  )  # file below the data root, "world:..." or the frames of a video
+  # A file below the data root, or a name of data/media.py: "world:...", "zip:a.zip!b.png",
+  # "parquet:x.parquet#12/images/0".  A list: the frames of a video.
+  path: str | list[str]
   fps: float = 0.0  # frames a second of a list of frames; 0 = the file knows
 
 

@@ -174,6 +174,7 @@ def broken(root, codec) -> dict[str, tuple]:
       task("jsonl:../../x.jsonl#0/image"),
       "outside of the root",
     ),
+    "a pattern of files as a name": (task("parquet:*.parquet#0/image"), "pattern"),
     "base64 that is damaged": (
       {"question": "What?", "answer": "A", "image": "data:image/png;base64,?"},
       "base64",
@@ -370,8 +371,11 @@ def test_row_groups_too_large_are_refused(tmp_path, monkeypatch):
   rows = pa.Table.from_pylist([task(id=str(i)) for i in range(50)])
   pq.write_table(rows, tmp_path / "x.parquet")
   assert len(sources.open_source("parquet:x.parquet", root=tmp_path)) == 50
+  monkeypatch.setattr(records, "SLOW_GROUP", 100)
+  with pytest.warns(UserWarning, match="ParquetWriter"):
+    sources.open_source("parquet:x.parquet", root=tmp_path)
   monkeypatch.setattr(records, "MOST_GROUP", 100)
-  with pytest.raises(sources.SourceError, match="row_group_size"):
+  with pytest.raises(sources.SourceError, match="ParquetWriter"):
     sources.open_source("parquet:x.parquet", root=tmp_path)
 
 

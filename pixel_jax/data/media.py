@@ -129,7 +129,10 @@ class Library:
     """The records of a URI, opened once."""
     with self._lock:
       if uri not in self._records:
-        records.resolve(uri.partition(":")[2], self.root, "file of records")
+        rest = uri.partition(":")[2]
+        records.resolve(rest, self.root, "file of records")
+        if records.is_pattern(rest):  # what it matches could be a link to anywhere
+          raise BadRecord(f"media of {uri!r}: one file is meant, not a pattern")
         try:
           self._records[uri] = records.open_records(uri, self.root)
         except records.SourceError as error:

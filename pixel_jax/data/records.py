@@ -21,16 +21,23 @@ import json
 import os
 import pathlib
 import threading
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 SCHEMES = ("jsonl", "json", "parquet", "arrayrecord", "tfds")
-# Bytes of row groups that are kept; a group of more is refused: it would be read whole
-# for every record.
+# Bytes of row groups that are kept; a larger group is read whole for every record, which
+# is slow, and a huge one is refused.
 KEPT = 256 << 20
+SLOW_GROUP = 32 << 20
 MOST_GROUP = 2 << 30
+REWRITE = (
+  "Write the file again with small ones: f = pyarrow.parquet.ParquetFile(OLD); "
+  "w = pyarrow.parquet.ParquetWriter(NEW, f.schema_arrow); "
+  "[w.write_batch(b) for b in f.iter_batches(32)]; w.close()"
+)
 
 
 class SourceError(ValueError):
@@ -152,13 +159,13 @@ def _open(uri: str, root) -> Iterator[tuple[str, Any]]:
     "arrayrecord": _ArrayRecord,
   }[scheme]
   base = pathlib.Path(root or ".")
-  found = sorted(base.glob(rest)) if _is_pattern(rest) else [base / rest]
+  found = sorted(base.glob(rest)) if is_pattern(rest) else [base / rest]
   for path in found:
     if not path.is_file():
       raise SourceError(
         f"{uri}: no file {path.absolute()}; check data.uri and data.root"
       )
-    name = str(path.relative_to(base)) if _is_pattern(rest) else rest
+    name = str(path.relative_to(base)) if is_pattern(rest) else rest
     try:
       rows = reader(path)
     except (OSError, ValueError, RuntimeError) as error:
@@ -169,7 +176,7 @@ def _open(uri: str, root) -> Iterator[tuple[str, Any]]:
     yield f"{scheme}:{name}", rows
 
 
-def _is_pattern(path: str) -> bool:
+def is_pattern(path: str) -> bool:
   return not pathlib.PurePath(path).is_absolute() and any(c in path for c in "*?")
 
 
@@ -250,8 +257,13 @@ class _Parquet:
     if largest > MOST_GROUP:
       raise SourceError(
         f"a row group of {largest / 1e9:.1f} GB; allowed are {MOST_GROUP / 1e9:.1f}, "
-        "since a group is read whole. Write the file again with smaller ones: "
-        "pyarrow.parquet.write_table(table, path, row_group_size=100)"
+        f"since a group is read whole. {REWRITE}"
+      )
+    if largest > SLOW_GROUP and about.num_rows > 1:
+      warnings.warn(
+        f"{path}: row groups of {largest / 1e6:.0f} MB, each read whole for one record; "
+        f"{SLOW_GROUP / 1e6:.0f} MB or less is fast. {REWRITE}",
+        stacklevel=2,
       )
     self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._bytes = 0
