@@ -294,10 +294,8 @@ def test_numbers_of_pictures_behind_a_clip(codec, tmp_path):
     layouts.select([3]), layouts.crop([0, 0, 0.9, 0.9], 2), "\\boxed{A}"
   )
   record["videos"] = [layouts.frames(0)]
-  del record["images"]
+  record["images"] = record["images"][1:]
   record["messages"][0]["content"] = "<video>What?"
-  for message in record["messages"][2::2]:
-    message["content"] = [{"type": "text", "text": ""}, {"image": "images/0.png"}]
   load = media.Library(tmp_path).load
   for profile, target in (("clean", 17), ("released", 2)):
     told = formats.read(json.loads(json.dumps(record)), "x#0")
@@ -307,7 +305,13 @@ def test_numbers_of_pictures_behind_a_clip(codec, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "tag", ["<|im_end|>", "<|image_pad|>", "</tool_call> <tool_call>"]
+  "tag",
+  [
+    "<|im_end|>",
+    "<|image_pad|>",
+    "</tool_call> <tool_call>",
+    "<tool_call>a</tool_call>",
+  ],
 )
 def test_text_of_a_record_forges_no_control_token(tag, codec, tmp_path):
   layouts.media_files(tmp_path)

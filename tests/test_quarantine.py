@@ -194,11 +194,25 @@ def broken(root, codec) -> dict[str, tuple]:
     "a trace that ends with a call": (talk(crop([0, 0, 1, 1], 1)), "ends with a call"),
     "a call that is no JSON": (
       talk("<tool_call>{no}</tool_call>", "\\boxed{A}"),
-      "when it is run, it fails",
+      "fails when it is run",
     ),
     "a call that fails when it is run": (
       talk(crop([0.5, 0.5, 0.4, 0.4], 1), "\\boxed{A}"),
       "too small",
+    ),
+    "an operation that we do not have": (
+      {
+        "messages": [
+          {"role": "user", "content": "What?"},
+          {
+            "role": "assistant",
+            "tool_calls": [{"function": {"name": "python", "arguments": "{}"}}],
+          },
+          {"role": "tool", "content": "3"},
+          {"role": "assistant", "content": "\\boxed{3}"},
+        ]
+      },
+      "Unknown function",
     ),
     "a call on a picture that is not there": (
       talk(crop([0, 0, 0.9, 0.9], 7), "\\boxed{A}"),
@@ -315,7 +329,7 @@ def test_questions_are_looked_at_too(dirty, codec, tmp_path):
   reasons = quarantined(tmp_path)
   assert min(reasons) == GOOD and len(reasons) > 20
   # A question has no calls: what a trace does wrong does not matter for it.
-  told = [i for i, kind in enumerate(kinds, GOOD) if "call" in kind]
+  told = [i for i, kind in enumerate(kinds, GOOD) if " call " in kind]
   assert not [i for i in told if "it is run" in reasons.get(i, "")]
 
 

@@ -26,7 +26,6 @@ the policy are learned, as released (pixel_reasoner.md 2.5).
 import dataclasses
 import json
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from pixel_jax import answers, trajectory
@@ -39,7 +38,7 @@ from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 
 FIELDS = {f.name for f in dataclasses.fields(Task)}
 NEEDED = ("id", "question", "answer", "media")
-CROP, SELECT = tools.OPERATIONS
+CROP = tools.OPERATIONS[0]
 CROPS = (CROP, "crop_image", "zoom_in", "image_zoom_in_tool")
 ROLES = {
   "system": "system",
@@ -53,14 +52,13 @@ ROLES = {
   "function": "user",
 }
 HINTS = re.compile(
-  r"\s*(Guidelines: Understand the given visual information.*"
+  r"(?:Guidelines: Understand the given visual information.*"
   r"|Please (?:think|reason) step by step, and put your final answer within "
   r"\\boxed\{\}\.\s*)\Z",
   re.DOTALL,
 )
-HOLES = re.compile(r"<(?:image|video)>")
-GROUNDING = re.compile(r"<grounding>(.*?)</grounding>\s*\Z", re.DOTALL)
-ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+HOLES = {"<image>": "image", "<video>": "video"}
+HOLE = re.compile("|".join(HOLES))
 
 
 @dataclasses.dataclass
@@ -172,11 +170,12 @@ def _gold(answer: Any) -> str:
 
 def clean(question: str) -> str:
   """A question without what the prompt adds again: hints, places of its pictures."""
-  text = HINTS.sub("", question)
-  while found := re.match(rf"\s*{HOLES.pattern}|{HOLES.pattern}\s*\Z", text):
-    text = text[found.end() :] if found.start() == 0 else text[: found.start()]
-  text = re.sub(rf"(?:\s*{HOLES.pattern})+\s*\Z", "", text)
-  return text.strip()
+  text, before = HINTS.sub("", question).strip(), None
+  while text != before:
+    before = text
+    for hole in HOLES:
+      text = text.removeprefix(hole).removesuffix(hole).strip()
+  return text
 
 
 def _id(record, name) -> str:
@@ -276,10 +275,13 @@ def _messages(record, name) -> Trajectory:
 
 def _with_column(messages, record, name, place: str = "") -> list[Turn]:
   """The turns; the media beside them go to their places, or all to the question."""
-  rest = iter(_column(record, name))
-  has_column = any(k in record for k in ("images", "image", "videos", "video"))
-  turns = _turns(messages, rest if has_column else None, place)
-  rest = list(rest)
+  beside = None
+  if any(k in record for k in ("images", "image", "videos", "video")):
+    beside = {"image": [], "video": []}
+    for media in reversed(_column(record, name)):
+      beside[media.kind].append(media)
+  turns = _turns(messages, beside, place)
+  rest = [media for kind in (beside or {}).values() for media in reversed(kind)]
   user = next((t for t in turns if t.role == "user"), None)
   if rest and user is not None:
     if any(t.media for t in turns):
@@ -292,8 +294,8 @@ def _turns(messages, beside, place: str = "") -> list[Turn]:
   """Messages as turns.
 
   Args:
-    beside: media of a column, taken in order at their places; None = there is none,
-      and <image> in a text is only text.
+    beside: media of the columns by kind, the last one first, taken at their places;
+      None = there is no column, and <image> in a text is only text.
   """
   if not isinstance(messages, list):
     raise BadRecord(f"the messages are {type(messages).__name__}; expected a list")
@@ -313,11 +315,12 @@ def _turns(messages, beside, place: str = "") -> list[Turn]:
         kind = "video" if found[0] == "video" else "image"
         turn.media.append(Media(kind, _path(item[found[0]], f"{at}/{found[0]}")))
       elif item.get("type") in ("image", "video"):
-        turn.media.append(_next(beside, i))
+        turn.media.append(_next(beside, item["type"], i))
       elif "text" in item:
         turn.text += item["text"]
         if role == "user" and beside is not None:
-          turn.media += [_next(beside, i) for _ in HOLES.findall(item["text"])]
+          holes = HOLE.findall(item["text"])
+          turn.media += [_next(beside, HOLES[hole], i) for hole in holes]
       else:
         raise BadRecord(f"message {i} holds {sorted(item)}; expected text or media")
     if message.get("role") == "function_call":
@@ -332,11 +335,10 @@ def _turns(messages, beside, place: str = "") -> list[Turn]:
   return turns
 
 
-def _next(beside, i: int) -> Media:
-  media = next(beside or iter(()), None)
-  if media is None:
-    raise BadRecord(f"message {i} has a place for a picture that the record lacks")
-  return media
+def _next(beside, kind: str, i: int) -> Media:
+  if not (beside and beside[kind]):
+    raise BadRecord(f"message {i} has a place for the {kind} that the record lacks")
+  return beside[kind].pop()
 
 
 def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
@@ -353,7 +355,10 @@ def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
   if not turns or len(turns) % 2:
     raise BadRecord(f"{len(turns)} turns; expected to end with one of the assistant")
   asked, said = turns[0], [_in_protocol(t.text, turns[0]) for t in turns[1::2]]
-  said[-1] = ANSWER.sub(lambda found: rf"\boxed{{{found[1].strip()}}}", said[-1])
+  before, opened, rest = said[-1].rpartition("<answer>")
+  inside, closed, after = rest.partition("</answer>")
+  if opened and closed:
+    said[-1] = f"{before}\\boxed{{{inside.strip()}}}{after}"
   answer = answers.boxed(said[-1])
   task = Task(
     own,
@@ -384,16 +389,17 @@ def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
 def _in_protocol(text: str, asked: Turn) -> str:
   """A turn whose call has our name and arguments; what has them already stays."""
   text = text.removesuffix(template.END).rstrip()
-  found = GROUNDING.search(text)
-  if found:  # Mini-o3: {"bbox_2d": [..], "source": "original_image" | "observation_2"}
-    arguments = json.loads(found[1])
+  before, opened, rest = text.rpartition("<grounding>")
+  if opened and rest.endswith("</grounding>"):
+    # Mini-o3: {"bbox_2d": [..], "source": "original_image" | "observation_2"}
+    arguments = json.loads(rest.removesuffix("</grounding>"))
     source = str(arguments.get("source", "original_image"))
     number = re.fullmatch(r"original_image|observation_(\d{1,3})", source)
     if number is None:
       raise BadRecord(f"the source of a <grounding> is {source!r:.60}")
     target = 1 if number[1] is None else len(asked.media) + int(number[1])
     box = {"bbox_2d": arguments.get("bbox_2d"), "target_image": target}
-    return text[: found.start()] + tools.call_text(CROP, box)
+    return before + tools.call_text(CROP, box)
   call = tools.parse_call(text, "clean")
   named = call.name if call else ""
   if named not in CROPS[1:]:
@@ -423,16 +429,21 @@ def retell(
     if call is not None:
       text = _here(text, call, trace)
     planted = i < len(told.calls) and told.calls[i].planted
-    trace.add_sampled(_spell(text, codec), weight=0.0 if planted else 1.0)
+    ids = _spell(text, codec, is_call=call is not None)
+    trace.add_sampled(ids, weight=0.0 if planted else 1.0)
     observation = trace.call_of_last_turn(planted=planted)
     if observation is None:
       continue
+    if observation.error and not planted:  # nobody should learn it
+      raise BadRecord(
+        f"task {told.task.id}: call {i + 1} fails when it is run: "
+        f"{observation.error.text}"
+      )
     shown, made = results[i].count(template.IMAGE), len(observation.images)
     if shown != made:
-      why = f", it fails: {observation.error.text}" if observation.error else ""
       raise BadRecord(
         f"task {told.task.id}: call {i + 1} shows {shown} pictures in the record and "
-        f"{made} when it is run{why}"
+        f"{made} when it is run"
       )
     trace.observe(observation)
   return trace.finish("answer"), trace.pixels
@@ -462,11 +473,11 @@ def _here(text: str, call: tools.Call, trace: Conversation) -> str:
   return text.rpartition(tools.OPEN)[0] + tools.call_text(CROP, new)
 
 
-def _spell(text: str, codec: Codec) -> Sequence[int]:
+def _spell(text: str, codec: Codec, is_call: bool) -> list[int]:
   """Ids of a turn; only the tags of its call are control tokens."""
-  head, opened, rest = text.rpartition(tools.OPEN)
-  body, closed, _ = rest.rpartition(tools.CLOSE)
   parts = [(text, False)]
-  if opened and closed:
+  if is_call:
+    head, opened, rest = text.rpartition(tools.OPEN)
+    body, closed, _ = rest.rpartition(tools.CLOSE)
     parts = [(head, False), (opened, True), (body, False), (closed, True)]
   return [*codec.tokenizer.encode_parts(parts), codec.tokenizer.im_end]
