@@ -96,6 +96,11 @@ def engine(size):
   )
 
 
+def filter():
+  """Fields of `sources.Filter`; 0 = no limit."""
+  return dict(min_tokens=0, max_tokens=0, min_pixels=0, max_pixels=0)
+
+
 def lora():
   """Adapters: rank 0 = none, every weight is trained."""
   # targets: regular expressions of linear layers; "^vision/" adapts tower and merger.

@@ -19,7 +19,9 @@ def get_config(arg="tiny"):
   c.modes = ("free", "forbidden", "forced")
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
-  c.data = dict(uri="jsonl:test.jsonl", root="", tasks=1000)
+  c.data = dict(  # sources.open_source
+    uri="jsonl:test.jsonl", root="", weights=(), filter=common.filter(), tasks=1000
+  )
   c.engine = common.engine(arg.size)
   c.rollout = dict(
     temperature=1.0,

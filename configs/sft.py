@@ -52,15 +52,18 @@ def get_config(arg="tiny"):
   c.codec = common.codec(arg.size)
   c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
   c.mesh = common.mesh(arg.size)
-  c.data = dict(  # pipeline.batches
-    uri="jsonl:train.jsonl",
+  c.data = dict(  # sources.open_source, pipeline.batches
+    uri="jsonl:train.jsonl",  # or several with , between: docs/data.md
     root="",
+    weights=(),  # of several; () = every record once
+    filter=common.filter(),
     rows=128,  # of the global batch
     tokens=8192,  # of a row
     patches=32768,  # of a row: a clip and eight of its frames
     pack_window=256,  # examples of a shard packed together
     shards=8,
     max_bad_share=0.01,
+    threads=1 if tiny else 8,  # that decode and resize; they change no batch
   )
   c.optim = dict(  # optim.make
     lr=1e-6,

@@ -23,7 +23,7 @@ def main(config, workdir):
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
-  is_world = config.data.uri.startswith("world:")
+  is_world = all(uri.startswith("world:") for uri in config.data.uri.split(","))
   for mode in config.modes:
     if mode not in common.FORCE or (mode == "swapped" and not is_world):
       raise start.ConfigError(
@@ -68,16 +68,10 @@ def evaluate(config, workdir, name: str, init: str, mesh, covers) -> dict[str, d
   policy = start.open_policy(
     init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
-  source = start.call(
-    "data",
-    sources.open_source,
-    config.data.uri,
-    root=config.data.root,
-    codec=policy.codec,
-  )
-  tasks = start.call(
-    "data", pipeline.fixed_tasks, source, config.data.tasks, workdir=workdir
-  )
+  data = dict(config.data)
+  count = data.pop("tasks")
+  source = start.call("data", sources.open_source, **data, codec=policy.codec)
+  tasks = start.call("data", pipeline.fixed_tasks, source, count, workdir=workdir)
   rollouts = start.call(
     "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )

@@ -27,13 +27,14 @@ def main(config, workdir):
     optim.list_paths(trained), patches=config.data.patches, **config.features,
   )  # fmt: skip
   data = dict(config.data)
-  uri, root = data.pop("uri"), data.pop("root")
+  uri, weights = data.pop("uri"), data.pop("weights")
+  opened = {k: data.pop(k) for k in ("root", "filter")}
 
-  def batches(uri, seed):
-    synthesis = dict(config.get("synthesis", {}))
+  def batches(uri, seed, weights=()):
     source = start.call(
-      "synthesis", sources.open_source, uri, root=root, codec=policy.codec, **synthesis
-    )
+      "data", sources.open_source, uri, codec=policy.codec, weights=weights,
+      **opened, **config.get("synthesis", {}),
+    )  # fmt: skip
     return start.call(
       "data",
       pipeline.batches,
@@ -50,7 +51,7 @@ def main(config, workdir):
   def on_devices(rows):
     return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
-  train = batches(uri, config.seed)
+  train = batches(uri, config.seed, weights)
   batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
   if config.micro_batches < 1 or config.data.rows % config.micro_batches:
     raise start.ConfigError(
@@ -92,6 +93,8 @@ def main(config, workdir):
     trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
     m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
     m["data/utilisation"] = (batch.segment > 0).mean()
+    if batch.features is None:
+      m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
     params = optim.merge(trained, frozen)
     return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
 

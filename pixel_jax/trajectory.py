@@ -22,9 +22,9 @@ class Media:
   """One picture or clip of a question: where it lies, not its pixels."""
 
   kind: str  # "image" or "video"
-  path: (
-    str | list[str]
-  )  # file below the data root, "world:..." or the frames of a video
+  # A file below the data root, or a name of data/media.py: "world:...", "zip:a.zip!b.png",
+  # "parquet:x.parquet#12/images/0".  A list: the frames of a video.
+  path: str | list[str]
   fps: float = 0.0  # frames a second of a list of frames; 0 = the file knows
 
 
@@ -103,8 +103,13 @@ def to_json(trajectory: Trajectory) -> str:
 
 def from_json(line: str) -> Trajectory:
   """The inverse of `to_json`: `from_json(to_json(t)) == t`."""
-  d = json.loads(line)
-  task = d.pop("task")
+  return from_dict(json.loads(line))
+
+
+def from_dict(fields: dict[str, Any]) -> Trajectory:
+  """A trajectory of `dataclasses.asdict`, as JSON or parquet give it back."""
+  d = dict(fields)
+  task = dict(d.pop("task"))
   task["media"] = [Media(**m) for m in task["media"]]
   d["position"] = [tuple(p) for p in d["position"]]
   d["slots"] = [Slot(**{**s, "grid": tuple(s["grid"])}) for s in d["slots"]]

@@ -3,14 +3,13 @@
 What a whole run writes is read back in test_distill.py.
 """
 
-import functools
 import json
 
 import numpy as np
 from PIL import Image
 
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import boxes, export, sources, synthesize, world
+from pixel_jax.data import boxes, export, media, synthesize, world
 from pixel_jax.trajectory import Media, Task
 
 PROSE = synthesize.Prose("A street with a door.", "the sign", "It reads so.")
@@ -30,7 +29,7 @@ def test_files_of_the_seeds_are_copied_where_they_read_the_same(tmp_path):
     for i, name in enumerate(("plain.jpg", "turned.jpg", "grey.png")):
       reference = {"bbox_2d": [0.2, 0.2, 0.5, 0.5]}
       task = Task(name, "What?", "A", [Media("image", name)], reference=reference)
-      source = functools.partial(sources.load_media, root=tmp_path)
+      source = media.Library(tmp_path).load
       trace = synthesize.written(
         codec, task, "image/single", rng, PROSE,
         grid=boxes.fine(240, 320, 28), load_media=source,

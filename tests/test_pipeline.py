@@ -10,7 +10,7 @@ from PIL import Image
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import pack, pipeline, sources, synthesize, world
+from pixel_jax.data import media, pack, pipeline, sources, synthesize, world
 from pixel_jax.trajectory import Media
 
 BUDGETS = {
@@ -375,4 +375,4 @@ def test_a_forgotten_stream_takes_its_thread_with_it(source, codec):
 
 
 def test_media_of_the_world_need_no_root():
-  assert sources.load_media(Media("video", "world:0/train/3")).frames
+  assert media.Library().load(Media("video", "world:0/train/3")).frames

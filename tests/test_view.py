@@ -447,7 +447,7 @@ def test_tool_reads_a_folder_of_runs(codec, tmp_path, capsys, monkeypatch):
   spec = importlib.util.spec_from_file_location("tools_view", path)
   tool = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(tool)
-  monkeypatch.setattr(tool.sources, "load_media", lambda media, root: load_media(media))
+  monkeypatch.setattr(tool.media.Library, "load", lambda self, media: load_media(media))
   rl, evaluated = tmp_path / "rl", tmp_path / "eval"
   rl.mkdir()
   evaluated.mkdir()

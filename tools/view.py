@@ -8,7 +8,6 @@ is not there is left out.  The page needs no server and no network.
 """
 
 import argparse
-import functools
 import json
 import pathlib
 import sys
@@ -17,7 +16,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import sources
+from pixel_jax.data import media
 from pixel_jax.evals import common
 from pixel_jax.view import charts
 from pixel_jax.view import report as view
@@ -117,9 +116,7 @@ def main() -> None:
   evaluations = [read_json(f / "evaluation.json") for f in folders]
   evaluation = next((e for e in evaluations if e), None)
   roots = [r.config.get("data", {}).get("root", "") for r in runs]
-  look = functools.partial(
-    sources.load_media, root=args.root or next(filter(None, roots), "")
-  )
+  look = media.Library(args.root or next(filter(None, roots), "")).load
   html = view.report(
     runs, evaluation, look, codec=open_codec(folders), title=args.title
   )

@@ -3,9 +3,13 @@
 world.py       the tiny world: scenes, drawn from a seed
 synthesize.py  a question and its cue -> a trace of operations
 boxes.py       boxes and frames: of a cue, beside it, around it
-sources.py     random access to the questions and traces of a file or a world
+records.py     random access to the rows of files: JSON, parquet, ArrayRecord, TFDS
+formats.py     a row in its data set's layout -> a question or a trace
+media.py       the name of a picture -> its pixels: file, archive, bytes, world
+sources.py     a URI -> random access to questions and traces; mixtures, filters
 pack.py        examples -> rows of tokens and patches
 pipeline.py    grain: source -> encode -> pack -> batches, resumable
+quarantine.py  records that cannot be used, and when they are too many
 
 Synthesis with a teacher (tools/synthesize.py, docs/synthesis.md):
 teacher.py     requests to a model: retries, rate, budget

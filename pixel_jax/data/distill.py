@@ -22,7 +22,7 @@ from PIL import Image
 
 from pixel_jax.chat import encode
 from pixel_jax.chat.encode import Codec, Conversation
-from pixel_jax.data import boxes, checks, prompts, sources, synthesize
+from pixel_jax.data import boxes, checks, formats, prompts, synthesize
 from pixel_jax.data.synthesize import Prose
 from pixel_jax.data.teacher import Exhausted, Request, Teacher, Unanswered
 from pixel_jax.pixels import ops
@@ -200,7 +200,7 @@ class _Seed:
           "seed", f"reference is {self.task.reference!r}; expected an object"
         )
       if _has_cue(self.task):
-        sources.check_task(self.task)
+        formats.check_task(self.task)
       shown = encode.question_pictures(self.codec, self.task, self.source.load_media)
     except Dropped:
       raise

@@ -19,7 +19,7 @@ from PIL import Image
 
 from pixel_jax.chat import template, tools
 from pixel_jax.chat.encode import Conversation
-from pixel_jax.data import sources
+from pixel_jax.data import records
 from pixel_jax.trajectory import Media
 
 ORIENTATION = 0x0112  # EXIF
@@ -101,7 +101,7 @@ class PixelReasoner:
   def _original(self, media: Media, size: tuple[int, int]) -> pathlib.Path | None:
     """The file of a picture, where any reader sees in it what we see."""
     try:
-      path = sources.resolve(media.path, self.root)
+      path = records.resolve(media.path, self.root)
       with Image.open(path) as opened:
         upright = opened.getexif().get(ORIENTATION, 1) == 1
         same = opened.mode == "RGB" and opened.size == size

@@ -29,23 +29,9 @@ import grain
 import numpy as np
 
 from pixel_jax.chat import encode
-from pixel_jax.data import pack, sources, synthesize
+from pixel_jax.data import formats, pack, records, synthesize
+from pixel_jax.data.quarantine import Bad, DataError, LeftOut, Quarantine, attempt
 from pixel_jax.trajectory import Task, Trajectory
-
-# A share of very few records says nothing: it is taken of at least so many.
-FEW = 1000
-
-
-class DataError(ValueError):
-  """Settings that do not fit the data, or data that is mostly bad."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Bad:
-  """A record that was set aside."""
-
-  index: int
-  reason: str
 
 
 def batches(
@@ -88,6 +74,7 @@ def batches(
   def make(index: int, rng: np.random.Generator):
     def work():
       example = _example(source, codec, index, rng)
+      _refuse(source.filter.refuses(tokens=len(example.tokens)))
       pack.check_fits(example, tokens, patches)
       return example
 
@@ -120,7 +107,7 @@ def batches(
     "tokens": tokens,
     "patches": patches,
   }
-  start = {"window": 0, "row": 0, "bad": 0, "counts": [0, 0]}
+  start = {"window": 0, "row": 0, "aside": [0, 0], "counts": [0, 0, 0]}
   return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
 
 
@@ -164,7 +151,7 @@ def tasks(
       yield [task for task, _ in taken], {**state, "shards": shards_after}
 
   layout = {"seed": seed, "shards": shards, "records": len(source)}
-  start = {"next": 0, "bad": 0, "counts": [0, 0]}
+  start = {"next": 0, "aside": [0, 0], "counts": [0, 0, 0]}
   return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
 
 
@@ -172,10 +159,32 @@ def usable_task(source: Any, index: int, shard: int = 0) -> Task:
   """A record as a question; raises when no rollout could be made of it."""
   record = source[index]
   task = record.task if isinstance(record, Trajectory) else record
-  sources.check_task(task)
-  for media in task.media:
-    source.load_media(media)
+  formats.check_task(task)
+  load_media = _watched(source)
+  if source.codec and (source.filter.min_tokens or source.filter.max_tokens):
+    prompt = encode.Conversation(source.codec, task, load_media).trajectory
+    _refuse(source.filter.refuses(tokens=len(prompt.ids)))
+  else:
+    for media in task.media:
+      load_media(media)
   return dataclasses.replace(task, shard=shard)
+
+
+def _watched(source: Any) -> encode.LoadMedia:
+  """`source.load_media`, which raises LeftOut for pictures that the filter refuses."""
+
+  def load(media):
+    loaded = source.load_media(media)
+    picture = loaded.frames[0] if media.kind == "video" else loaded
+    _refuse(source.filter.refuses(pixels=picture.width * picture.height))
+    return loaded
+
+  return load
+
+
+def _refuse(why: str) -> None:
+  if why:
+    raise LeftOut(why)
 
 
 def fixed_tasks(
@@ -187,14 +196,14 @@ def fixed_tasks(
     if len(good) >= count:
       break
     made = attempt(i, functools.partial(usable_task, source, i))
-    if isinstance(made, Bad):
-      aside.add(made, -1)
-    else:
+    if not isinstance(made, Bad):
       good.append(made)
+    elif not made.left_out:
+      aside.add(made, -1)
   if not good:
     raise DataError(
       f"none of {len(source)} records is a usable question for {count} tasks; see "
-      f"{aside.path or 'a quarantine file: give a workdir'}"
+      f"{aside.path or 'a quarantine file: give a workdir'}, and data.filter"
     )
   return good
 
@@ -233,7 +242,7 @@ def _ordered(source, shard: int, shards: int, seed: int, make: Callable):
 
 def _rows(ordered, state, set_aside, mapper, limits) -> Iterator[tuple[list, dict]]:
   """The packed rows of a shard, each with the state behind it."""
-  window, skip, bad = state["window"], state["row"], state["bad"]
+  window, skip, aside = state["window"], state["row"], state["aside"]
   size, T, P = limits
   while True:
     first = window * size
@@ -242,138 +251,66 @@ def _rows(ordered, state, set_aside, mapper, limits) -> Iterator[tuple[list, dic
       for made in mapper(ordered.__getitem__, range(first, first + size))
       if not set_aside.takes(made)
     ]
-    now = bad + set_aside.new()
-    set_aside.check(first + size, now)
+    now = set_aside.add_to(aside)
+    set_aside.check(first + size, *now)
     rows = pack.first_fit(good, T, P)
     for r in range(skip, len(rows)):
       after = {
         "window": window,
         "row": r + 1,
-        "bad": bad,
-        "counts": [first + size, now],
+        "aside": aside,
+        "counts": [first + size, *now],
       }
       yield [good[i] for i in rows[r]], after
-    window, skip, bad = window + 1, 0, now
+    window, skip, aside = window + 1, 0, now
 
 
 def _tasks(ordered, state, set_aside) -> Iterator[tuple[Task, dict]]:
-  at, bad = state["next"], state["bad"]
+  at, aside = state["next"], state["aside"]
   while True:
     made = ordered[at]
     at += 1
     if set_aside.takes(made):
-      bad += set_aside.new()
-      set_aside.check(at, bad)
+      aside = set_aside.add_to(aside)
+      set_aside.check(at, *aside)
     else:
-      yield made, {"next": at, "bad": bad, "counts": [at, bad]}
+      yield made, {"next": at, "aside": aside, "counts": [at, *aside]}
 
 
 def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Example:
   """The example of a record: a trace as it is, or one synthesized for a task."""
-  record = source[index]
+  record, load_media = source[index], _watched(source)
   if isinstance(record, Trajectory):
     t = record
-    sources.check_task(t.task)
+    formats.check_task(t.task)
+    if t.turns and not t.ids:
+      return encode.example(*formats.retell(t, codec, load_media))
     lengths = {len(x) for x in (t.ids, t.sampled, t.weight, t.logp, t.position)}
     if len(lengths) > 1:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"task {t.task.id}: ids, sampled, weight, logp and position differ in length "
         f"({sorted(lengths)})"
       )
     if t.profile != codec.profile:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"the trace has the prompt profile {t.profile!r}, the run {codec.profile!r}"
       )
     if t.ids and max(t.ids) >= codec.tokenizer.vocab_size:
-      raise sources.BadRecord(
+      raise records.BadRecord(
         f"the trace has token {max(t.ids)}, the tokenizer {codec.tokenizer.vocab_size} "
         "tokens; it was made with another tokenizer"
       )
-    return encode.example(t, encode.redraw(t, codec, source.load_media))
+    return encode.example(t, encode.redraw(t, codec, load_media))
   if source.synthesis is None:
-    raise sources.BadRecord(
+    raise records.BadRecord(
       f"task {record.id} is a question without a trace; give the config a synthesis "
       "section, or a file of trajectories"
     )
-  sources.check_task(record)
+  formats.check_task(record)
   made = synthesize.trajectory(
-    codec, record, rng, load_media=source.load_media, **source.synthesis
+    codec, record, rng, load_media=load_media, **source.synthesis
   )
   return encode.example(*made)
-
-
-# ---- Bad records ---------------------------------------------------------------------
-
-
-def attempt(index: int, work: Callable[[], Any]) -> Any:
-  """What `work` returns, or `Bad`: a decoder of a damaged file raises anything."""
-  try:
-    return work()
-  except Exception as error:
-    return Bad(int(index), f"{type(error).__name__}: {error}")
-
-
-class Quarantine:
-  """WORKDIR/quarantine.jsonl: every bad record once, with its shard and the reason."""
-
-  def __init__(self, workdir: str | pathlib.Path | None, host: int, share: float):
-    name = "quarantine.jsonl" if host == 0 else f"quarantine_{host}.jsonl"
-    self.path = pathlib.Path(workdir) / name if workdir else None
-    self.share = share
-    self._known: set[tuple[int, str]] = set()
-    if self.path and self.path.exists():
-      for line in self.path.read_text(encoding="utf-8").splitlines():
-        try:
-          d = json.loads(line)
-          self._known.add((d["index"], d["reason"]))
-        except (ValueError, KeyError, TypeError):
-          continue  # a killed run may leave half a line
-
-  def add(self, bad: Bad, shard: int) -> None:
-    key = (bad.index, bad.reason)
-    if key in self._known:
-      return
-    self._known.add(key)
-    if self.path:
-      self.path.parent.mkdir(parents=True, exist_ok=True)
-      line = json.dumps({"index": bad.index, "shard": shard, "reason": bad.reason})
-      with self.path.open("a", encoding="utf-8") as f:
-        f.write(line + "\n")
-
-  def of_shard(self, shard: int, records: int) -> "SetAside":
-    return SetAside(self, shard, records)
-
-
-class SetAside:
-  """The bad records of a shard, and when there are too many of them."""
-
-  def __init__(self, quarantine: Quarantine, shard: int, records: int):
-    self.quarantine, self.shard, self.records = quarantine, shard, records
-    self._new, self._last = 0, ""
-
-  def takes(self, made: Any) -> bool:
-    if not isinstance(made, Bad):
-      return False
-    self.quarantine.add(made, self.shard)
-    self._new += 1
-    self._last = made.reason
-    return True
-
-  def new(self) -> int:
-    """How many since the last call."""
-    new, self._new = self._new, 0
-    return new
-
-  def check(self, seen: int, bad: int) -> None:
-    allowed = self.quarantine.share * max(seen, FEW)
-    nothing_good = bad == seen and seen >= self.records
-    if bad > allowed or nothing_good:
-      raise DataError(
-        f"{bad} of {seen} records of shard {self.shard} cannot be used, more than "
-        f"data.max_bad_share={self.quarantine.share} allows. The last: {self._last}. "
-        f"All are in {self.quarantine.path or 'no file: give a workdir'}; repair them, "
-        "or raise data.max_bad_share."
-      )
 
 
 # ---- State and reading ahead ---------------------------------------------------------
@@ -425,11 +362,10 @@ class Stream:
     self._state = {"layout": mine["layout"], "shards": shards}
 
   def counts(self) -> dict[str, float]:
-    """Metrics of what was consumed: records read, and those set aside."""
-    seen, bad = (
-      sum(s["counts"][i] for s in self._state["shards"].values()) for i in (0, 1)
-    )
-    return {"data/records": float(seen), "data/bad_records": float(bad)}
+    """Metrics of what was consumed: records read, set aside as bad, left out."""
+    names = ("data/records", "data/bad_records", "data/left_out")
+    shards = self._state["shards"].values()
+    return {k: float(sum(s["counts"][i] for s in shards)) for i, k in enumerate(names)}
 
   def close(self) -> None:
     """Ends the thread; the next item starts another."""

@@ -1,44 +1,69 @@
 """Sources: random access to questions and traces, and to the pictures they name.
 
 Not the order, not the shards (`pipeline.py`).  A source has `len`, `source[i]`, which
-is a `Task` or a `Trajectory`, `load_media`, and `synthesis`: None, or how a task
-becomes a trace (keyword arguments of `synthesize.trajectory`).
+is a `Task` or a `Trajectory`, `load_media`, a `filter` that the pipeline asks, the
+`codec` it was opened with, and `synthesis`: None, or how a task becomes a trace
+(keyword arguments of `synthesize.trajectory`).
 
   world:train          the tiny world: a quarter of the scenes are videos
   world:val/image      only the images;  world:7/train is another world, of seed 7
   world:full_train     half of the scenes are videos, half of these deep clips
-  jsonl:data/x.jsonl   a Trajectory or a Task a line, paths relative to the root
+  jsonl:, json:, parquet:, arrayrecord:, tfds:      records of a file (records.py) in
+                       our layout or a foreign one (formats.py), paths below the root
+  URI,URI              a mixture; an epoch holds every record of each at least once
 
-Media paths never leave the root: data files come from elsewhere.
+Paths never leave the root (media.py): data files come from elsewhere.
 """
 
 import dataclasses
-import functools
-import json
 import math
-import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from pixel_jax import trajectory
-from pixel_jax.data import synthesize, world
-from pixel_jax.pixels import image, video
+from pixel_jax.data import formats, media, records, synthesize, world
+from pixel_jax.data.records import BadRecord, SourceError
+from pixel_jax.pixels import video
 from pixel_jax.trajectory import Media, Task, Trajectory
 
-FIELDS = {f.name for f in dataclasses.fields(Task)}
-NEEDED = ("id", "question", "answer", "media")
+
+@dataclasses.dataclass(frozen=True)
+class Filter:
+  """What is left out, and not as broken: too small or too large; 0 = no limit.
+
+  Tokens are those of the whole trace, or of a question's prompt; pixels those of every
+  picture of the question (of a clip: of a frame), before it is resized.
+  """
+
+  min_tokens: int = 0
+  max_tokens: int = 0
+  min_pixels: int = 0
+  max_pixels: int = 0
+
+  def __post_init__(self):
+    for name in ("tokens", "pixels"):
+      low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+      if low < 0 or high < 0 or 0 < high < low:
+        raise SourceError(
+          f"data.filter: {name} from {low} to {high}; expected 0 <= min <= max, where "
+          "a max of 0 is no limit"
+        )
+
+  def refuses(self, *, tokens: int | None = None, pixels: int | None = None) -> str:
+    """Why an example of so many tokens, a picture of so many pixels, is left out; ""."""
+    for name, n in (("tokens", tokens), ("pixels", pixels)):
+      low, high = getattr(self, f"min_{name}"), getattr(self, f"max_{name}")
+      if n is not None and (n < low or 0 < high < n):
+        return f"{n} {name}, the filter is {low} to {high or 'any'}"
+    return ""
 
 
-class SourceError(ValueError):
-  """A source that cannot be opened."""
-
-
-class BadRecord(ValueError):
-  """One record that cannot be used; it is set aside, the others are not."""
+NO_FILTER = Filter()
+# Records of an epoch of a mixture: 8 bytes each.
+MOST_MIXED = 100_000_000
 
 
 def open_source(
@@ -46,17 +71,21 @@ def open_source(
   *,
   root: str | pathlib.Path = "",
   codec: Any = None,
+  weights: Sequence[float] = (),
+  filter: Mapping[str, int] | None = None,
   kinds: Mapping[str, float] | None = None,
   operation_share: float = 1.0,
   jitter: float = 0.0,
   edge_jitter: float = 0.0,
   answer_weight: float = 1.0,
-) -> "World | Jsonl":
-  """The source of a URI.
+) -> "World | File | Mixture":
+  """The source of a URI, or the mixture of several with commas between.
 
   Args:
     root: where the paths begin; "" = the current directory.
-    codec: says how many frames of a video are read.
+    codec: says how many frames of a video are read, and counts tokens for the filter.
+    weights: of a mixture, a share each; () = every record once.
+    filter: fields of `Filter`.
     kinds: shares of the kinds of traces; None = tasks stay tasks.  The others are those
       of `synthesize.trajectory`, too.
   """
@@ -69,15 +98,27 @@ def open_source(
       "edge_jitter": edge_jitter,
       "answer_weight": answer_weight,
     }
+  limits = Filter(**(filter or {}))
+  if codec is None and (limits.min_tokens or limits.max_tokens):
+    raise SourceError("data.filter counts tokens; open the source with a codec")
+  frames = codec.video_frames if codec else 16
+  library = media.Library(root, frames)
+  parts = [_open_one(u, library, synthesis) for u in uri.split(",") if u]
+  mixed = len(parts) != 1 or len(weights)
+  source = Mixture(parts, library, weights) if mixed else parts[0]
+  source.filter, source.codec = limits, codec
+  return source
+
+
+def _open_one(uri: str, library, synthesis) -> "World | File":
   scheme, _, rest = uri.partition(":")
   if scheme == "world":
     return World(rest, synthesis)
-  if scheme == "jsonl":
-    frames = codec.video_frames if codec else 16
-    return Jsonl(rest, root, synthesis, num_frames=frames)
+  if scheme in records.SCHEMES:
+    return File(uri, library, synthesis)
   raise SourceError(
-    f"data.uri={uri!r}: the scheme {scheme!r} is unknown; allowed are world:SPLIT and "
-    "jsonl:FILE"
+    f"data.uri={uri!r}: the scheme {scheme!r} is unknown; allowed are world:SPLIT, "
+    f"{', '.join(f'{s}:FILE' for s in records.SCHEMES[:-1])} and tfds:NAME/SPLIT"
   )
 
 
@@ -86,6 +127,9 @@ class World:
 
   With synthesis, images and videos come as often as the kinds ask for.
   """
+
+  filter: Filter = NO_FILTER
+  codec: Any = None
 
   def __init__(self, rest: str, synthesis: dict | None = None):
     words = rest.split("/")
@@ -125,114 +169,76 @@ class World:
     return world.load_media(media)
 
 
-class Jsonl:
-  """The lines of a file; only where they begin is kept in memory."""
+class File:
+  """The records of a file or several, as questions and traces."""
 
-  def __init__(
-    self,
-    path: str,
-    root: str | pathlib.Path = "",
-    synthesis: dict | None = None,
-    num_frames: int = 16,
-  ):
-    self.path = pathlib.Path(root or ".") / path
+  filter: Filter = NO_FILTER
+  codec: Any = None
+
+  def __init__(self, uri: str, library: media.Library, synthesis: dict | None = None):
+    self.records = records.open_records(uri, library.root)
     self.synthesis = synthesis
-    self.load_media = functools.partial(load_media, root=root, num_frames=num_frames)
-    if not self.path.is_file():
-      raise SourceError(
-        f"jsonl:{path}: no file {self.path.absolute()}; check data.uri and data.root"
-      )
-    self._file = os.open(self.path, os.O_RDONLY)
-    ends, at = [0], 0
-    with self.path.open("rb") as f:
-      for line in f:
-        at += len(line)
-        if line.strip():
-          ends.append(at)
-        else:
-          ends[-1] = at
-    self._ends = np.array(ends)
-    if not len(self):
-      raise SourceError(f"jsonl:{path}: the file is empty; it needs a record a line")
-
-  def __del__(self):
-    if hasattr(self, "_file"):
-      os.close(self._file)
+    library.add(self.records)
+    self._library, self.load_media = library, library.load
 
   def __len__(self) -> int:
-    return len(self._ends) - 1
+    return len(self.records)
+
+  def __getitem__(self, i: int) -> Task | Trajectory:
+    name = self.records.name(i)
+    record = formats.read(self.records[i], name)
+    task = record.task if isinstance(record, Trajectory) else record
+    for m in task.media:
+      paths = m.path if isinstance(m.path, list) else [m.path]
+      if not all(isinstance(p, str) for p in paths):
+        raise BadRecord(f"{name}: a media path is no text: {m.path!r:.80}")
+      found = [self._library.find(p) for p in paths]
+      m.path = found if isinstance(m.path, list) else found[0]
+    return record
+
+
+class Mixture:
+  """Several sources in one, evenly spread.
+
+  With weights the one that is largest for its share is seen once in an epoch, and the
+  others come round again meanwhile; so nothing is never seen.
+  """
+
+  filter: Filter = NO_FILTER
+  codec: Any = None
+
+  def __init__(
+    self, parts: Sequence[Any], library: media.Library, weights: Sequence[float] = ()
+  ):
+    self.parts, self.load_media = list(parts), library.load
+    if not parts:
+      raise SourceError("data.uri is empty; give one URI, or several with , between")
+    sizes = np.array([len(p) for p in self.parts], float)
+    shares = np.array(weights if len(weights) else sizes, float)
+    if len(shares) != len(parts) or not np.isfinite(shares).all() or min(shares) <= 0:
+      raise SourceError(
+        f"data.weights={tuple(weights)} for {len(parts)} sources; expected one each, "
+        "above 0, or none at all"
+      )
+    counts = np.maximum(np.round(shares * (sizes / shares).max()), sizes).astype(int)
+    if counts.sum() > MOST_MIXED:
+      raise SourceError(
+        f"data.weights={tuple(weights)}: {counts.tolist()} records of sources of "
+        f"{sizes.astype(int).tolist()} are an epoch, more than {MOST_MIXED}; give the "
+        "small ones larger weights"
+      )
+    self._starts = np.concatenate([[0], np.cumsum(counts)])
+    places = [(np.arange(n) + 0.5) / n for n in counts]
+    self._order = np.argsort(np.concatenate(places), kind="stable")
+    self.synthesis = self.parts[0].synthesis
+
+  def __len__(self) -> int:
+    return len(self._order)
 
   def __getitem__(self, i: int) -> Task | Trajectory:
     if not 0 <= i < len(self):
       raise IndexError(f"record {i} of {len(self)}")
-    start, end = int(self._ends[i]), int(self._ends[i + 1])
-    # pread has no file position, so threads may read at the same time.
-    line = os.pread(self._file, end - start, start)
-    try:
-      return parse_record(line.decode("utf-8"))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-      raise BadRecord(f"{self.path.name} line {i + 1}: {error}") from error
-
-
-def parse_record(line: str) -> Task | Trajectory:
-  """A line: a Trajectory if it has a task, else a Task."""
-  d = json.loads(line)
-  if not isinstance(d, dict):
-    raise BadRecord(f"expected a JSON object, got {type(d).__name__}")
-  if "task" in d:
-    return trajectory.from_json(line)
-  missing, unknown = [k for k in NEEDED if k not in d], sorted(set(d) - FIELDS)
-  if missing or unknown:
-    raise BadRecord(
-      f"a task needs {', '.join(NEEDED)}; missing {missing}, unknown {unknown}"
-    )
-  task = Task(**{**d, "media": [Media(**m) for m in d["media"]]})
-  check_task(task)
-  return task
-
-
-def check_task(task: Task) -> None:
-  """Raises BadRecord for a question that cannot be learned from."""
-  answers = task.answer if isinstance(task.answer, list) else [task.answer]
-  if not answers or not all(isinstance(a, str) and a.strip() for a in answers):
-    raise BadRecord(f"task {task.id}: no answer ({task.answer!r}); give it a text")
-  if not isinstance(task.question, str) or not task.question.strip():
-    raise BadRecord(f"task {task.id}: no question ({task.question!r})")
-
-
-# ---- Media ---------------------------------------------------------------------------
-
-
-def load_media(
-  media: Media, root: str | pathlib.Path = "", num_frames: int = 16
-) -> Image.Image | video.Video:
-  """The picture or clip that a record names, from the world or below `root`."""
-  paths = [media.path] if isinstance(media.path, str) else media.path
-  if isinstance(media.path, str) and media.path.startswith("world:"):
-    return world.load_media(media)
-  paths = [resolve(path, root) for path in paths]
-  if media.kind == "image" and len(paths) == 1:
-    return image.load_image(paths[0])
-  if media.kind == "video":
-    one = isinstance(media.path, str)
-    return video.read_video(
-      paths[0] if one else paths, num_frames=num_frames, fps=media.fps
-    )
-  raise BadRecord(
-    f"media of kind {media.kind!r} with {len(paths)} paths; expected an image with one "
-    "path, or a video with one path or its frames"
-  )
-
-
-def resolve(path: str, root: str | pathlib.Path = "") -> pathlib.Path:
-  """`path` below `root`, links followed."""
-  base = pathlib.Path(root or ".").resolve()
-  full = (base / path).resolve()
-  if not full.is_relative_to(base):
-    raise BadRecord(
-      f"media path {path!r} leads to {full}, outside of the root {base}; use paths "
-      "below it, or set data.root"
-    )
-  if not full.is_file():
-    raise BadRecord(f"media path {path!r}: no file {full}; check data.root")
-  return full
+    at = int(self._order[i])
+    k = int(np.searchsorted(self._starts, at, side="right")) - 1
+    part = self.parts[k]
+    return part[(at - int(self._starts[k])) % len(part)]

@@ -48,7 +48,10 @@ class Video:
 
 
 def read_video(
-  source: str | pathlib.Path | Sequence[str | pathlib.Path | bytes | Image.Image],
+  source: str
+  | pathlib.Path
+  | bytes
+  | Sequence[str | pathlib.Path | bytes | Image.Image],
   *,
   num_frames: int = 16,
   fps: float = 0.0,
@@ -56,12 +59,14 @@ def read_video(
   """`num_frames` frames evenly over the clip (all of them if it has fewer).
 
   Args:
-    source: a file decord reads, or the frames themselves in order.
+    source: a file decord reads (a path, or its bytes), or the frames in order.
     num_frames: how many to take.
     fps: frames a second of a list of frames, 0 = unknown; a file knows its own.
   """
   if num_frames < 1:
     raise VideoError(f"{num_frames=}; expected 1 or more. Change the config.")
+  if isinstance(source, bytes):
+    return _read_file(source, num_frames)
   if isinstance(source, str | pathlib.Path):
     return _read_file(pathlib.Path(source), num_frames)
   return _read_frames(list(source), num_frames, fps)
@@ -93,32 +98,38 @@ def _read_frames(sources: list, num_frames: int, fps: float) -> Video:
 # ---- A file --------------------------------------------------------------------------
 
 
-def _read_file(path: pathlib.Path, num_frames: int) -> Video:
-  if not path.is_file() or not path.stat().st_size:
-    got = "it is empty" if path.is_file() else "no such file"
+def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
+  in_memory = isinstance(source, bytes)
+  name = f"<{len(source)} bytes>" if in_memory else str(source)
+  is_there = in_memory or source.is_file()
+  if not is_there or not (len(source) if in_memory else source.stat().st_size):
+    got = "it is empty" if is_there else "no such file"
     raise VideoError(
-      f"{path}: {got}; expected a video file. Check the path and the data root."
+      f"{name}: {got}; expected a video file. Check the path and the data root."
     )
   import decord  # here only: its import loads FFmpeg, which most processes never need
 
   # Damage shows as RuntimeError or DECORDError, at open or at any frame.
   try:
-    turns, upright = _take_rotation(path)
-    reader = decord.VideoReader(upright or str(path), num_threads=1)
+    with io.BytesIO(source) if in_memory else source.open("rb") as f:
+      turns, upright = _take_rotation(f)
+    if upright is None:
+      upright = io.BytesIO(source) if in_memory else str(source)
+    reader = decord.VideoReader(upright, num_threads=1)
     times = _frame_times(reader)
     chosen = spread(times[:, 0], num_frames)
     pixels = reader.get_batch(chosen).asnumpy()
   except Exception as e:
     first_line = str(e).strip().partition("\n")[0]
     raise VideoError(
-      f"{path}: cannot be decoded ({type(e).__name__}: {first_line}); expected a whole"
+      f"{name}: cannot be decoded ({type(e).__name__}: {first_line}); expected a whole"
       f" video that FFmpeg reads. Re-encode it (ffmpeg -i in -c:v libx264 out.mp4), or"
       f" drop the example."
     ) from e
   duration = float(times[:, 1].max() - times[0, 0])
   if pixels.ndim != 4 or pixels.shape[3] != 3 or not 0 < duration < math.inf:
     raise VideoError(
-      f"{path}: decoded to {list(pixels.shape)} over {duration} seconds; expected"
+      f"{name}: decoded to {list(pixels.shape)} over {duration} seconds; expected"
       f" [n h w 3] over more than 0. Re-encode it without rotation metadata."
     )
   frames = [Image.fromarray(np.ascontiguousarray(np.rot90(p, -turns))) for p in pixels]
@@ -167,24 +178,23 @@ _IDENTITY = struct.pack(">9i", _ONE, 0, 0, 0, _ONE, 0, 0, 0, 1 << 30)
 _MAX_HEADER = 256 << 20  # a moov box larger than this is not a video we know
 
 
-def _take_rotation(path: pathlib.Path) -> tuple[int, io.BytesIO | None]:
+def _take_rotation(f: io.BufferedIOBase) -> tuple[int, io.BytesIO | None]:
   """(clockwise quarter turns, the file without its rotation; None if it has none)."""
-  with path.open("rb") as f:
-    size = os.fstat(f.fileno()).st_size
-    found = _find_box(f, 0, size, b"moov")
-    if found is None or found[1] - found[0] > _MAX_HEADER:
-      return 0, None  # not MP4: other containers seldom carry a rotation
-    f.seek(found[0])
-    header = f.read(found[1] - found[0])
-    place = _video_matrix(header)
-    if place is None:
-      return 0, None
-    a, b, _, c, d, *_ = struct.unpack_from(">9i", header, place)
-    turns = _TURNS.get((a, b, c, d), 0)
-    if not turns:
-      return 0, None
-    f.seek(0)
-    content = bytearray(f.read())
+  size = f.seek(0, os.SEEK_END)
+  found = _find_box(f, 0, size, b"moov")
+  if found is None or found[1] - found[0] > _MAX_HEADER:
+    return 0, None  # not MP4: other containers seldom carry a rotation
+  f.seek(found[0])
+  header = f.read(found[1] - found[0])
+  place = _video_matrix(header)
+  if place is None:
+    return 0, None
+  a, b, _, c, d, *_ = struct.unpack_from(">9i", header, place)
+  turns = _TURNS.get((a, b, c, d), 0)
+  if not turns:
+    return 0, None
+  f.seek(0)
+  content = bytearray(f.read())
   content[found[0] + place : found[0] + place + len(_IDENTITY)] = _IDENTITY
   return turns, io.BytesIO(content)
 

@@ -1,0 +1,483 @@
+"""Formats: a record of a foreign data set -> a Task, or a Trajectory that is told.
+
+Which layout a record has, its fields say; which file it came in does not matter.  Pure
+functions, no pixels, no files.  `name` is the record's (records.py): bytes inside of it
+become media named `NAME/KEY/...`.
+
+  task                       our Trajectory (trajectory.py)
+  media                      our Task
+  message_list               PixelReasoner-SFT-Data                       a trace
+  conversations              ShareGPT: Mini-o3, LLaMA-Factory             a trace
+  messages, or prompt with completion     HF conversational rows (TRL)    a trace
+  prompt with reward_model   verl, DeepEyes                               a question
+  question with answer(s)    PixelReasoner-RL-Data and -EvalData          a question
+
+A trace that is *told* has turns and calls, and no ids yet: `retell` says it again in
+our protocol (system prompt, tool names, numbering) and runs its calls again, so that
+its ids and its pictures are exact.  What the record shows as a result is only compared.
+
+Deviations: pictures stand before the question, also where a record has them behind or
+in between; `crop_image`, `zoom_in`, `image_zoom_in_tool` and Mini-o3's <grounding>
+become `crop_image_normalized`; a hint to the tools at the end of a question is taken
+off, since the prompt has its own; of PixelReasoner's traces only the last two turns of
+the policy are learned, as released (pixel_reasoner.md 2.5).
+"""
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+from pixel_jax import answers, trajectory
+from pixel_jax.chat import template, tools
+from pixel_jax.chat.encode import Codec, Conversation, LoadMedia
+from pixel_jax.data.records import BadRecord
+from pixel_jax.pixels import ops
+from pixel_jax.pixels.geometry import Pixels
+from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
+
+FIELDS = {f.name for f in dataclasses.fields(Task)}
+NEEDED = ("id", "question", "answer", "media")
+CROP = tools.OPERATIONS[0]
+CROPS = (CROP, "crop_image", "zoom_in", "image_zoom_in_tool")
+ROLES = {
+  "system": "system",
+  "user": "user",
+  "human": "user",
+  "assistant": "assistant",
+  "gpt": "assistant",
+  "function_call": "assistant",
+  "tool": "user",
+  "observation": "user",
+  "function": "user",
+}
+HINTS = re.compile(
+  r"(?:Guidelines: Understand the given visual information.*"
+  r"|Please (?:think|reason) step by step, and put your final answer within "
+  r"\\boxed\{\}\.\s*)\Z",
+  re.DOTALL,
+)
+HOLES = {"<image>": "image", "<video>": "video"}
+HOLE = re.compile("|".join(HOLES))
+
+
+@dataclasses.dataclass
+class Turn:
+  """What one side said in a record."""
+
+  role: str  # "system", "user" or "assistant"
+  text: str
+  media: list[Media] = dataclasses.field(default_factory=list)
+
+
+def read(record: dict[str, Any], name: str) -> Task | Trajectory:
+  """The record as a question or a trace; BadRecord, with its name, where it is none."""
+  try:
+    return _read(record, name)
+  except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
+    text = f"no {error}" if isinstance(error, KeyError) else str(error)
+    raise BadRecord(f"{name}: {text}") from error
+
+
+def _read(record, name) -> Task | Trajectory:
+  if "task" in record:
+    return trajectory.from_dict(record)
+  if "media" in record:
+    return _task(record)
+  if "message_list" in record:
+    return _pixel_reasoner(record, name)
+  if "conversations" in record:
+    return _sharegpt(record, name)
+  if "messages" in record or ("prompt" in record and "completion" in record):
+    return _messages(record, name)
+  if "prompt" in record and "reward_model" in record:
+    return _verl(record, name)
+  if "question" in record and ("answer" in record or "answers" in record):
+    return _question(record, name)
+  raise BadRecord(
+    f"the fields {sorted(record)[:12]} are those of no layout known here: "
+    f"a task has {', '.join(NEEDED)}; others message_list, conversations, messages, "
+    "prompt and reward_model, or question and answer"
+  )
+
+
+def check_task(task: Task) -> None:
+  """Raises BadRecord for a question that cannot be learned from."""
+  golds = task.answer if isinstance(task.answer, list) else [task.answer]
+  if not golds or not all(isinstance(a, str) and a.strip() for a in golds):
+    raise BadRecord(f"task {task.id}: no answer ({task.answer!r}); give it a text")
+  if not isinstance(task.question, str) or not task.question.strip():
+    raise BadRecord(f"task {task.id}: no question ({task.question!r})")
+
+
+# ---- Questions -----------------------------------------------------------------------
+
+
+def _task(record) -> Task:
+  missing, unknown = (
+    [k for k in NEEDED if k not in record],
+    sorted(set(record) - FIELDS),
+  )
+  if missing or unknown:
+    raise BadRecord(
+      f"a task needs {', '.join(NEEDED)}; missing {missing}, unknown {unknown}"
+    )
+  task = Task(**{**record, "media": [Media(**m) for m in record["media"]]})
+  check_task(task)
+  return task
+
+
+def _question(record, name) -> Task:
+  """PixelReasoner-RL-Data: {qid, question, answer: [..], image: [..], is_video}."""
+  media = _column(record, name)
+  if record.get("is_video") and media and media[0].kind == "image":
+    media = [Media("video", [m.path for m in media])]
+  answer = record["answers"] if "answer" not in record else record["answer"]
+  return _asked(_id(record, name), record["question"], answer, media)
+
+
+def _verl(record, name) -> Task:
+  """{prompt: [{role, content}], images: [..], reward_model: {ground_truth}, ...}."""
+  info = record.get("extra_info") or {}
+  question = info.get("question")
+  if question is None:
+    users = [t for t in _turns(record["prompt"], None) if t.role == "user"]
+    if not users:
+      raise BadRecord("the prompt has no turn of a user")
+    question = users[-1].text
+  own = info.get("index", info.get("id"))
+  own = name if own is None else f"{record.get('data_source', 'verl')}/{own}"
+  gold = record["reward_model"].get("ground_truth")
+  return _asked(own, question, gold, _column(record, name))
+
+
+def _asked(own: str, question: Any, answer: Any, media: list[Media]) -> Task:
+  if not isinstance(question, str):
+    raise BadRecord(f"the question is {type(question).__name__}; expected text")
+  golds = answer if isinstance(answer, list) else [answer]
+  golds = [_gold(g) for g in golds]
+  task = Task(own, clean(question), golds[0] if len(golds) == 1 else golds, media)
+  check_task(task)
+  return task
+
+
+def _gold(answer: Any) -> str:
+  if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+    raise BadRecord(f"no answer ({answer!r:.60}); give it a text")
+  box = answers.boxed(text := str(answer))
+  return (text if box is None else box).strip()
+
+
+def clean(question: str) -> str:
+  """A question without what the prompt adds again: hints, places of its pictures."""
+  text, before = HINTS.sub("", question).strip(), None
+  while text != before:
+    before = text
+    for hole in HOLES:
+      text = text.removeprefix(hole).removesuffix(hole).strip()
+  return text
+
+
+def _id(record, name) -> str:
+  for key in ("qid", "id", "question_id", "uid"):
+    if record.get(key) not in (None, ""):
+      return str(record[key])
+  return name
+
+
+# ---- Pictures of a record ------------------------------------------------------------
+
+
+def _column(record, name) -> list[Media]:
+  """The media that stand beside the text: image(s), video(s)."""
+  out = []
+  for key in ("images", "image"):
+    if key in record:
+      values = record[key] if isinstance(record[key], list) else [record[key]]
+      many = isinstance(record[key], list)
+      for i, x in enumerate(values):
+        place = f"{name}/{key}/{i}" if many else f"{name}/{key}"
+        out.append(Media("image", _path(x, place)))
+      break
+  for key in ("videos", "video"):
+    if key in record:
+      out += _clips(record[key], f"{name}/{key}", several=key == "videos")
+      break
+  return out
+
+
+def _clips(x, place: str, several: bool) -> list[Media]:
+  """One clip, or a list of them; a clip is a file or the list of its frames."""
+  if several:
+    return [m for i, v in enumerate(x) for m in _clips(v, f"{place}/{i}", False)]
+  if isinstance(x, dict) and isinstance(x.get("video"), list):
+    x, place = x["video"], f"{place}/video"
+  if isinstance(x, list):
+    if not x:
+      raise BadRecord("a video of 0 frames")
+    return [Media("video", [_path(v, f"{place}/{i}") for i, v in enumerate(x)])]
+  return [Media("video", _path(x, place))]
+
+
+def _path(x: Any, place: str) -> str:
+  """The name of a picture: its path, or its place where the record holds its bytes."""
+  if isinstance(x, bytes):
+    return place
+  if isinstance(x, dict):  # {bytes, path} of HF datasets, {"image": ..}, {"url": ..}
+    for key in ("bytes", "image", "video", "image_url", "url", "path"):
+      if x.get(key) is not None:
+        return _path(x[key], f"{place}/{key}")
+  if isinstance(x, str) and x.strip():
+    if x.startswith("data:"):
+      return place
+    if re.match(r"(?:https?|ftp|s3|gs)://", x):
+      raise BadRecord(f"media {x[:80]!r} lies in the net; download it below data.root")
+    return x.removeprefix("file://")
+  raise BadRecord(f"a picture is {x!r:.60}; expected a path, bytes or a data: URI")
+
+
+# ---- Traces --------------------------------------------------------------------------
+
+
+def _pixel_reasoner(record, name) -> Trajectory:
+  """{qid, message_list: [{role, content: [{text} | {image} | {video: [..]}]}]}."""
+  turns = _turns(record["message_list"], None, f"{name}/message_list")
+  return _told(_id(record, name), turns, last=2)
+
+
+def _sharegpt(record, name) -> Trajectory:
+  """{conversations: [{from, value}], images: [..]}, a place in a text for each."""
+  messages = [
+    {"role": m.get("from", m.get("role")), "content": m.get("value", m.get("content"))}
+    for m in record["conversations"]
+  ]
+  return _told(_id(record, name), _with_column(messages, record, name))
+
+
+def _messages(record, name) -> Trajectory:
+  """HF: {messages: [{role, content}], images: [..]}, or prompt and completion."""
+  key = "messages"
+  messages = record.get(key)
+  if messages is None:
+    key = "prompt"
+    sides = (("prompt", "user"), ("completion", "assistant"))
+    messages = [
+      m
+      for k, role in sides
+      for m in (
+        record[k]
+        if isinstance(record[k], list)
+        else [{"role": role, "content": record[k]}]
+      )
+    ]
+  return _told(_id(record, name), _with_column(messages, record, name, f"{name}/{key}"))
+
+
+def _with_column(messages, record, name, place: str = "") -> list[Turn]:
+  """The turns; the media beside them go to their places, or all to the question."""
+  beside = None
+  if any(k in record for k in ("images", "image", "videos", "video")):
+    beside = {"image": [], "video": []}
+    for media in reversed(_column(record, name)):
+      beside[media.kind].append(media)
+  turns = _turns(messages, beside, place)
+  rest = [media for kind in (beside or {}).values() for media in reversed(kind)]
+  user = next((t for t in turns if t.role == "user"), None)
+  if rest and user is not None:
+    if any(t.media for t in turns):
+      raise BadRecord(f"{len(rest)} media have no place in the text")
+    user.media = rest
+  return turns
+
+
+def _turns(messages, beside, place: str = "") -> list[Turn]:
+  """Messages as turns.
+
+  Args:
+    beside: media of the columns by kind, the last one first, taken at their places;
+      None = there is no column, and <image> in a text is only text.
+  """
+  if not isinstance(messages, list):
+    raise BadRecord(f"the messages are {type(messages).__name__}; expected a list")
+  turns = []
+  for i, message in enumerate(messages):
+    role = ROLES.get(message.get("role"))
+    if role is None:
+      raise BadRecord(f"message {i} has the role {message.get('role')!r:.40}")
+    turn = Turn(role, "")
+    content = message.get("content", "")
+    items = [{"text": content}] if isinstance(content, str) else content
+    for j, item in enumerate(items):
+      at = f"{place}/{i}/content/{j}"
+      if isinstance(item.get("video"), list):
+        turn.media += _clips(item["video"], f"{at}/video", several=False)
+      elif found := [k for k in ("image", "image_url", "video") if k in item]:
+        kind = "video" if found[0] == "video" else "image"
+        turn.media.append(Media(kind, _path(item[found[0]], f"{at}/{found[0]}")))
+      elif item.get("type") in ("image", "video"):
+        turn.media.append(_next(beside, item["type"], i))
+      elif "text" in item:
+        turn.text += item["text"]
+        if role == "user" and beside is not None:
+          holes = HOLE.findall(item["text"])
+          turn.media += [_next(beside, HOLES[hole], i) for hole in holes]
+      else:
+        raise BadRecord(f"message {i} holds {sorted(item)}; expected text or media")
+    if message.get("role") == "function_call":
+      turn.text = f"{tools.OPEN}\n{turn.text.strip()}\n{tools.CLOSE}"
+    for call in message.get("tool_calls") or ():
+      call = call.get("function", call)
+      arguments = call["arguments"]
+      if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+      turn.text += tools.call_text(call["name"], arguments)
+    turns.append(turn)
+  return turns
+
+
+def _next(beside, kind: str, i: int) -> Media:
+  if not (beside and beside[kind]):
+    raise BadRecord(f"message {i} has a place for the {kind} that the record lacks")
+  return beside[kind].pop()
+
+
+def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
+  """The trace of question, policy, result, policy, ..., told in our words.
+
+  Args:
+    last: so many turns of the policy are learned, calls before them are planted; 0 =
+      all.
+  """
+  turns = [t for t in turns if t.role != "system"]
+  for i, turn in enumerate(turns):
+    if turn.role != ("user", "assistant")[i % 2]:
+      raise BadRecord(f"turn {i} is the {turn.role}'s; expected user, assistant, ...")
+  if not turns or len(turns) % 2:
+    raise BadRecord(f"{len(turns)} turns; expected to end with one of the assistant")
+  asked, said = turns[0], [_in_protocol(t.text, turns[0]) for t in turns[1::2]]
+  before, opened, rest = said[-1].rpartition("<answer>")
+  inside, closed, after = rest.partition("</answer>")
+  if opened and closed:
+    said[-1] = f"{before}\\boxed{{{inside.strip()}}}{after}"
+  answer = answers.boxed(said[-1])
+  task = Task(
+    own,
+    clean(asked.text),
+    (said[-1] if answer is None else answer).strip(),
+    asked.media,
+  )
+  check_task(task)
+  t = Trajectory(task, stop="answer")
+  t.turns.append({"role": "user", "text": task.question})
+  for i, text in enumerate(said):
+    call, final = tools.parse_call(text, "clean"), i == len(said) - 1
+    if (call is None) != final:
+      raise BadRecord(
+        f"turn {2 * i + 1} of the assistant {'ends with a call' if final else 'is no call'}"
+        f": {text[-60:]!r}; expected calls, then an answer"
+      )
+    t.turns.append({"role": "assistant", "text": text})
+    if call is not None:
+      planted = bool(last) and i < len(said) - last
+      t.calls.append(OpCall(call.name, call.arguments, planted=planted))
+      result = turns[2 * i + 2]
+      shown = template.IMAGE * len(result.media)
+      t.turns.append({"role": "user", "text": result.text + shown})
+  return t
+
+
+def _in_protocol(text: str, asked: Turn) -> str:
+  """A turn whose call has our name and arguments; what has them already stays."""
+  text = text.removesuffix(template.END).rstrip()
+  before, opened, rest = text.rpartition("<grounding>")
+  if opened and rest.endswith("</grounding>"):
+    # Mini-o3: {"bbox_2d": [..], "source": "original_image" | "observation_2"}
+    arguments = json.loads(rest.removesuffix("</grounding>"))
+    source = str(arguments.get("source", "original_image"))
+    number = re.fullmatch(r"original_image|observation_(\d{1,3})", source)
+    if number is None:
+      raise BadRecord(f"the source of a <grounding> is {source!r:.60}")
+    target = 1 if number[1] is None else len(asked.media) + int(number[1])
+    box = {"bbox_2d": arguments.get("bbox_2d"), "target_image": target}
+    return before + tools.call_text(CROP, box)
+  call = tools.parse_call(text, "clean")
+  named = call.name if call else ""
+  if named not in CROPS[1:]:
+    return text
+  raw = json.loads(text.rsplit(tools.OPEN, 1)[1].split(tools.CLOSE, 1)[0])
+  arguments = raw.get("arguments") if isinstance(raw, dict) else None
+  if not isinstance(arguments, dict):
+    raise BadRecord(f"the arguments of {named} are {arguments!r:.60}")
+  box = {
+    "bbox_2d": arguments.get("bbox_2d"),
+    "target_image": arguments.get("target_image", 1),
+  }
+  return text.rpartition(tools.OPEN)[0] + tools.call_text(CROP, box)
+
+
+def retell(
+  told: Trajectory, codec: Codec, load_media: LoadMedia
+) -> tuple[Trajectory, list[Pixels]]:
+  """A told trace with exact ids, and the pixels of its slots; its calls are run again."""
+  trace = Conversation(codec, told.task, load_media)
+  if told.calls and not codec.tools:
+    raise BadRecord(f"task {told.task.id} calls operations, and codec.tools is False")
+  said = [t["text"] for t in told.turns if t["role"] == "assistant"]
+  results = [t["text"] for t in told.turns[1:] if t["role"] == "user"]
+  for i, text in enumerate(said):
+    call = tools.parse_call(text, codec.profile)
+    if call is not None:
+      text = _here(text, call, trace)
+    planted = i < len(told.calls) and told.calls[i].planted
+    ids = _spell(text, codec, is_call=call is not None)
+    trace.add_sampled(ids, weight=0.0 if planted else 1.0)
+    observation = trace.call_of_last_turn(planted=planted)
+    if observation is None:
+      continue
+    if observation.error and not planted:  # nobody should learn it
+      raise BadRecord(
+        f"task {told.task.id}: call {i + 1} fails when it is run: "
+        f"{observation.error.text}"
+      )
+    shown, made = results[i].count(template.IMAGE), len(observation.images)
+    if shown != made:
+      raise BadRecord(
+        f"task {told.task.id}: call {i + 1} shows {shown} pictures in the record and "
+        f"{made} when it is run"
+      )
+    trace.observe(observation)
+  return trace.finish("answer"), trace.pixels
+
+
+def _here(text: str, call: tools.Call, trace: Conversation) -> str:
+  """The call in the coordinates and numbers of the run's profile."""
+  arguments, box, target = call.arguments, None, None
+  if call.name == CROP and isinstance(arguments, dict):
+    box, target = arguments.get("bbox_2d"), arguments.get("target_image")
+  if not (isinstance(box, list) and len(box) == 4 and isinstance(target, int)):
+    return text
+  seen, number = trace.seen.pictures, target
+  if seen and seen[0].kind == "video" and 2 <= target <= len(seen):
+    # Released: behind the first result a clip is picture 1, and results are 2, 3, ...
+    number += len(seen[0].source) - 1
+  if trace.codec.profile == "clean":
+    target = number
+  pictures = ops.flat(trace.seen)
+  pixels = all(isinstance(v, int | float) for v in box) and max(box) > 1
+  if pixels and 1 <= number <= len(pictures):  # crop_image, as first published
+    width, height = pictures[number - 1].size
+    box = [round(v / n, 4) for v, n in zip(box, (width, height) * 2)]
+  if (box, target) == (arguments["bbox_2d"], arguments["target_image"]):
+    return text
+  new = {**arguments, "bbox_2d": box, "target_image": target}
+  return text.rpartition(tools.OPEN)[0] + tools.call_text(CROP, new)
+
+
+def _spell(text: str, codec: Codec, is_call: bool) -> list[int]:
+  """Ids of a turn; only the tags of its call are control tokens."""
+  parts = [(text, False)]
+  if is_call:
+    head, opened, rest = text.rpartition(tools.OPEN)
+    body, closed, _ = rest.rpartition(tools.CLOSE)
+    parts = [(head, False), (opened, True), (body, False), (closed, True)]
+  return [*codec.tokenizer.encode_parts(parts), codec.tokenizer.im_end]

@@ -1,0 +1,184 @@
+"""Media: from the name of a picture or clip to its pixels.
+
+A trajectory stores names, and must be able to redraw its pictures from them:
+
+  images/a.jpg                       a file below the root
+  zip:images.zip!images/a.jpg        a member of an archive below the root, read in place
+  parquet:x.parquet#12/images/0      a value in a record (records.py): bytes, data: URI
+  world:0/train/7                    a scene of the tiny world
+
+Names come from elsewhere: none leads out of the root, nothing is unpacked to disk, and
+what would inflate without bound is refused.
+"""
+
+import pathlib
+import threading
+import zipfile
+
+from PIL import Image
+
+from pixel_jax.data import records, world
+from pixel_jax.data.records import BadRecord
+from pixel_jax.pixels import image, video
+from pixel_jax.trajectory import Media
+
+# A member of an archive: a clip of some minutes.  Deflate shrinks up to 1032 times, and
+# pictures and clips, which are compressed already, hardly at all.
+MOST_BYTES = 512 << 20
+MOST_RATIO = 200
+SMALL = 16 << 20  # below it a ratio does no harm
+
+
+class Library:
+  """Everything below a root; archives and files of records stay open."""
+
+  def __init__(self, root: str | pathlib.Path = "", num_frames: int = 16):
+    """`num_frames`: that are read of a clip."""
+    self.root, self.num_frames = root, num_frames
+    self._zips: dict[str, zipfile.ZipFile | BadRecord] = {}
+    self._records: dict[str, records.Records] = {}
+    self._lock = threading.RLock()
+    self._beside: list[str] | None = None
+
+  def add(self, opened: records.Records) -> None:
+    """Files of records that are open already."""
+    self._records |= opened.parts()
+
+  def load(self, media: Media) -> Image.Image | video.Video:
+    """A picture (RGB), or a clip of at most `num_frames` frames."""
+    one = isinstance(media.path, str)
+    if one and media.path.startswith("world:"):
+      return world.load_media(media)
+    names = [media.path] if one else media.path
+    if not names:
+      raise BadRecord(f"a {media.kind} of 0 frames; drop the example")
+    if media.kind == "image" and len(names) == 1:
+      return self._image(names[0])
+    if media.kind == "video":
+      source = self.open(names[0]) if one else [self.open(name) for name in names]
+      try:
+        return video.read_video(source, num_frames=self.num_frames, fps=media.fps)
+      except video.VideoError as error:
+        raise BadRecord(f"media {names[0]!r}: {error}") from error
+    raise BadRecord(
+      f"media of kind {media.kind!r} with {len(names)} paths; expected an image with "
+      "one path, or a video with one path or its frames"
+    )
+
+  def _image(self, name: str) -> Image.Image:
+    source = self.open(name)
+    if isinstance(source, pathlib.Path):
+      return image.load_image(source)
+    try:
+      return image.load_image(source)
+    except image.ImageError as error:
+      raise BadRecord(f"media {name!r}: {error}") from error
+
+  def open(self, name: str) -> pathlib.Path | bytes:
+    """The file that a name means, or the bytes."""
+    if not isinstance(name, str):
+      raise BadRecord(f"a media path is {type(name).__name__}; expected text")
+    scheme, _, rest = name.partition(":")
+    if scheme == "zip":
+      archive, _, member = rest.partition("!")
+      return self._member(archive, member)
+    if scheme in records.SCHEMES and "#" in rest:
+      uri, _, place = name.partition("#")
+      row, *keys = place.split("/")
+      if not row.isdecimal():
+        raise BadRecord(f"media {name!r}: expected URI#ROW/KEY/...")
+      rows = self.records(uri)
+      if int(row) >= len(rows):
+        raise BadRecord(f"media {name!r}: {uri} has {len(rows)} records")
+      return records.value(rows[int(row)], keys, name)
+    full = records.resolve(name, self.root)
+    if not full.is_file():
+      broken = [z for z in self._archives() if isinstance(self._zip(z), BadRecord)]
+      but = f" ({', '.join(broken)}: cannot be read)" if broken else ""
+      raise BadRecord(
+        f"media path {name!r}: no file {full}, nor in an archive below the root{but}; "
+        "check data.root"
+      )
+    return full
+
+  def find(self, path: str) -> str:
+    """The name of a path that a record holds: of a file, or of a member of an archive.
+
+    Archives are those directly below the root; images.zip may hold images/a.jpg or only
+    a.jpg.
+    """
+    known = path.startswith(("world:", "zip:")) or (
+      "#" in path and path.partition(":")[0] in records.SCHEMES
+    )
+    if known or records.resolve(path, self.root).is_file():
+      return path
+    first, _, rest = path.partition("/")
+    members = {
+      name: opened.NameToInfo
+      for name in self._archives()
+      if isinstance(opened := self._zip(name), zipfile.ZipFile)
+    }
+    for archive, inside in members.items():
+      if path in inside:
+        return f"zip:{archive}!{path}"
+    if rest in members.get(f"{first}.zip", ()):
+      return f"zip:{first}.zip!{rest}"
+    return path  # it is absent; to load it says so
+
+  def records(self, uri: str) -> records.Records:
+    """The records of a URI, opened once."""
+    with self._lock:
+      if uri not in self._records:
+        rest = uri.partition(":")[2]
+        records.resolve(rest, self.root, "file of records")
+        if records.is_pattern(rest):  # what it matches could be a link to anywhere
+          raise BadRecord(f"media of {uri!r}: one file is meant, not a pattern")
+        try:
+          self._records[uri] = records.open_records(uri, self.root)
+        except records.SourceError as error:
+          raise BadRecord(str(error)) from error
+      return self._records[uri]
+
+  # ---- Archives ----------------------------------------------------------------------
+
+  def _archives(self) -> list[str]:
+    if self._beside is None:
+      self._beside = sorted(
+        p.name for p in pathlib.Path(self.root or ".").glob("*.zip")
+      )
+    return self._beside
+
+  def _zip(self, name: str) -> zipfile.ZipFile | BadRecord:
+    """The archive, or why it is none."""
+    with self._lock:
+      if name not in self._zips:
+        full = records.resolve(name, self.root, "archive")
+        try:
+          self._zips[name] = zipfile.ZipFile(full)
+        except (OSError, zipfile.BadZipFile) as error:
+          why = BadRecord(f"archive {name!r}: {error}; expected a whole zip")
+          self._zips[name] = why
+      return self._zips[name]
+
+  def _member(self, archive: str, member: str) -> bytes:
+    opened, name = self._zip(archive), f"zip:{archive}!{member}"
+    if isinstance(opened, BadRecord):
+      raise opened
+    info = opened.NameToInfo.get(member)
+    if info is None or info.is_dir():
+      raise BadRecord(f"media {name!r}: no such member of {archive}")
+    ratio = info.file_size / max(info.compress_size, 1)
+    if info.file_size > MOST_BYTES or (info.file_size > SMALL and ratio > MOST_RATIO):
+      raise BadRecord(
+        f"media {name!r}: {info.file_size} bytes out of {info.compress_size}, a zip "
+        f"bomb; allowed are {MOST_BYTES} bytes, and {MOST_RATIO} times the packed size "
+        f"above {SMALL}. Put the file beside the archive if it is meant."
+      )
+    # RuntimeError: encrypted; NotImplementedError: a method Python does not know.
+    try:
+      with opened.open(info) as f:
+        return f.read(info.file_size + 1)
+    except (OSError, EOFError, RuntimeError, zipfile.BadZipFile, ValueError) as error:
+      raise BadRecord(f"media {name!r}: {error}") from error
+    except Exception as error:  # zlib.error, lzma.LZMAError
+      raise BadRecord(f"media {name!r}: {type(error).__name__}: {error}") from error

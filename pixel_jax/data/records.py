@@ -1,0 +1,356 @@
+"""Records: random access to the rows of a file, each a dict; what they mean is
+`formats.py`.
+
+  jsonl:FILE          a JSON object a line; only where the lines begin is kept
+  json:FILE           one JSON list of objects; only where these begin is kept
+  parquet:FILE        one row group at a time is read, few are kept
+  arrayrecord:FILE    JSON objects, one a record
+  tfds:NAME/SPLIT     a prepared data set of TFDS in ArrayRecord; no TensorFlow
+
+FILE may be a pattern (train-*.parquet); the files then follow each other by name.  A
+record has a name that finds it again: `parquet:train-0.parquet#12`, and so has a value
+in it: `parquet:train-0.parquet#12/images/0/bytes`.  Nulls are left out.
+"""
+
+import base64
+import binascii
+import bisect
+import collections
+import itertools
+import json
+import os
+import pathlib
+import threading
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+SCHEMES = ("jsonl", "json", "parquet", "arrayrecord", "tfds")
+# Bytes of row groups that are kept; a larger group is read whole for every record, which
+# is slow, and a huge one is refused.
+KEPT = 256 << 20
+SLOW_GROUP = 32 << 20
+MOST_GROUP = 2 << 30
+REWRITE = (
+  "Write the file again with small ones: f = pyarrow.parquet.ParquetFile(OLD); "
+  "w = pyarrow.parquet.ParquetWriter(NEW, f.schema_arrow); "
+  "[w.write_batch(b) for b in f.iter_batches(32)]; w.close()"
+)
+
+
+class SourceError(ValueError):
+  """A source that cannot be opened."""
+
+
+class BadRecord(ValueError):
+  """One record that cannot be used; it is set aside, the others are not."""
+
+
+def open_records(uri: str, root: str | pathlib.Path = "") -> "Records":
+  """The records of a URI, its paths below `root`; or SourceError."""
+  rows = Records(list(_open(uri, root)))
+  if not len(rows):
+    raise SourceError(f"{uri}: no record is there; it needs one at least")
+  return rows
+
+
+class Records:
+  """The rows of a URI, file after file."""
+
+  def __init__(self, files: list[tuple[str, Any]]):
+    """`files`: the URI of each and its rows."""
+    self._files = files
+    self._starts = [0, *itertools.accumulate(len(rows) for _, rows in files)]
+
+  def __len__(self) -> int:
+    return self._starts[-1]
+
+  def __getitem__(self, i: int) -> dict:
+    _, file, at = self._at(i)
+    try:
+      record = plain(file[at])
+    except (ValueError, TypeError, RecursionError) as error:
+      raise BadRecord(f"{self.name(i)}: {_short(error)}") from error
+    if not isinstance(record, dict):
+      raise BadRecord(
+        f"{self.name(i)}: expected a JSON object, got {type(record).__name__}"
+      )
+    return record
+
+  def name(self, i: int) -> str:
+    """`SCHEME:FILE#ROW`: the record, also when files are added before its own."""
+    file, _, at = self._at(i)
+    return f"{file}#{at}"
+
+  def parts(self) -> dict[str, "Records"]:
+    """The single files, by their URIs."""
+    return {file: Records([(file, rows)]) for file, rows in self._files}
+
+  def _at(self, i: int) -> tuple[str, Any, int]:
+    if not 0 <= i < len(self):
+      raise IndexError(f"record {i} of {len(self)}")
+    k = bisect.bisect_right(self._starts, i) - 1
+    return *self._files[k], int(i) - self._starts[k]
+
+
+def value(record: Any, keys: list[str], name: str) -> bytes:
+  """The bytes at a path of keys in a record: as they are, or out of a data: URI."""
+  for key in keys:
+    try:
+      record = record[int(key)] if isinstance(record, list) else record[key]
+    except (KeyError, IndexError, TypeError, ValueError) as error:
+      raise BadRecord(f"media {name!r}: the record has no {key!r}") from error
+  if isinstance(record, str) and record.startswith("data:"):
+    _, _, text = record.partition("base64,")
+    try:
+      record = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+      raise BadRecord(f"media {name[:80]!r}: {error} in its base64") from error
+  if not isinstance(record, bytes) or not record:
+    raise BadRecord(
+      f"media {name!r}: expected bytes or a data: URI with base64, got "
+      f"{'none' if record == b'' else type(record).__name__}"
+    )
+  return record
+
+
+def plain(x: Any) -> Any:
+  """Dicts, lists, text, numbers and bytes; nulls of dicts are left out."""
+  if isinstance(x, Mapping):
+    return {str(k): plain(v) for k, v in x.items() if v is not None}
+  if isinstance(x, np.ndarray):
+    x = x.tolist()
+  if isinstance(x, list | tuple):
+    return [plain(v) for v in x]
+  return x.item() if isinstance(x, np.generic) else x
+
+
+def resolve(
+  path: str, root: str | pathlib.Path = "", what: str = "media path"
+) -> pathlib.Path:
+  """`path` below `root`, links followed."""
+  base = pathlib.Path(root or ".").resolve()
+  if "\0" in path:
+    raise BadRecord(f"{what} {path[:80]!r} holds a NUL; paths are text")
+  full = (base / path).resolve()
+  if not full.is_relative_to(base):
+    raise BadRecord(
+      f"{what} {path!r} leads to {full}, outside of the root {base}; use paths "
+      "below it, or set data.root"
+    )
+  return full
+
+
+# ---- Files ---------------------------------------------------------------------------
+
+
+def _open(uri: str, root) -> Iterator[tuple[str, Any]]:
+  """(URI, rows) of every file of a URI."""
+  scheme, _, rest = uri.partition(":")
+  if scheme == "tfds":
+    yield uri, _Tfds(rest, root)
+    return
+  reader = {
+    "jsonl": _Lines,
+    "json": _List,
+    "parquet": _Parquet,
+    "arrayrecord": _ArrayRecord,
+  }[scheme]
+  base = pathlib.Path(root or ".")
+  found = sorted(base.glob(rest)) if is_pattern(rest) else [base / rest]
+  for path in found:
+    if not path.is_file():
+      raise SourceError(
+        f"{uri}: no file {path.absolute()}; check data.uri and data.root"
+      )
+    name = str(path.relative_to(base)) if is_pattern(rest) else rest
+    try:
+      rows = reader(path)
+    except (OSError, ValueError, RuntimeError) as error:
+      raise SourceError(
+        f"{scheme}:{name}: cannot be read ({_short(error)}); expected a whole file of "
+        f"that kind"
+      ) from error
+    yield f"{scheme}:{name}", rows
+
+
+def is_pattern(path: str) -> bool:
+  return not pathlib.PurePath(path).is_absolute() and any(c in path for c in "*?")
+
+
+def _short(error: BaseException) -> str:
+  return (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
+
+
+class _Spans:
+  """JSON texts that lie in a file between offsets."""
+
+  def __init__(self, path: pathlib.Path, spans: np.ndarray):
+    self._spans = spans  # i64[n 2]
+    self._file = os.open(path, os.O_RDONLY)
+
+  def __del__(self):
+    if hasattr(self, "_file"):
+      os.close(self._file)
+
+  def __len__(self) -> int:
+    return len(self._spans)
+
+  def __getitem__(self, i: int) -> Any:
+    start, end = (int(x) for x in self._spans[i])
+    # pread has no file position, so threads may read at the same time.
+    return json.loads(os.pread(self._file, end - start, start).decode("utf-8"))
+
+
+class _Lines(_Spans):
+  def __init__(self, path: pathlib.Path):
+    spans, at = [], 0
+    with path.open("rb") as f:
+      for line in f:
+        if line.strip():
+          spans.append((at, at + len(line)))
+        at += len(line)
+    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+
+
+class _List(_Spans):
+  def __init__(self, path: pathlib.Path):
+    # Latin-1: a character is a byte, so that what the parser counts are offsets, and
+    # what it looks for ([]{}",) is the same as in UTF-8.
+    text = path.read_bytes().decode("latin-1")
+    scan, spaces = json.JSONDecoder().raw_decode, " \t\r\n"
+
+    def skip(at: int) -> int:
+      while at < len(text) and text[at] in spaces:
+        at += 1
+      return at
+
+    at, spans = skip(3 if text.startswith("\xef\xbb\xbf") else 0), []
+    if text[at : at + 1] != "[":
+      raise SourceError("expected a list [...] of objects; a line each is jsonl:")
+    at = skip(at + 1)
+    while text[at : at + 1] != "]":
+      try:
+        _, end = scan(text, at)
+      except RecursionError as error:
+        raise SourceError(f"record {len(spans)} is nested too deeply") from error
+      spans.append((at, end))
+      at = skip(end)
+      if text[at : at + 1] not in ("]", ","):
+        raise SourceError(f"expected , or ] behind record {len(spans) - 1}")
+      at = skip(at + (text[at] == ","))
+    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+
+
+class _Parquet:
+  def __init__(self, path: pathlib.Path):
+    import pyarrow.parquet as pq
+
+    # Buffered, not mapped: the pages of a mapped file count as memory of the process.
+    self._file = pq.ParquetFile(path, memory_map=False, buffer_size=1 << 20)
+    about = self._file.metadata
+    groups = [about.row_group(g) for g in range(about.num_row_groups)]
+    self._starts = [0, *itertools.accumulate(g.num_rows for g in groups)]
+    largest = max((g.total_byte_size for g in groups), default=0)
+    if largest > MOST_GROUP:
+      raise SourceError(
+        f"a row group of {largest / 1e9:.1f} GB; allowed are {MOST_GROUP / 1e9:.1f}, "
+        f"since a group is read whole. {REWRITE}"
+      )
+    if largest > SLOW_GROUP and about.num_rows > 1:
+      warnings.warn(
+        f"{path}: row groups of {largest / 1e6:.0f} MB, each read whole for one record; "
+        f"{SLOW_GROUP / 1e6:.0f} MB or less is fast. {REWRITE}",
+        stacklevel=2,
+      )
+    self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
+    self._bytes = 0
+    self._lock = threading.Lock()
+
+  def __len__(self) -> int:
+    return self._starts[-1]
+
+  def __getitem__(self, i: int) -> dict:
+    g = bisect.bisect_right(self._starts, i) - 1
+    return self._group(g).slice(i - self._starts[g], 1).to_pylist()[0]
+
+  def _group(self, g: int):
+    with self._lock:
+      if g not in self._kept:
+        self._kept[g] = self._file.read_row_group(g, use_threads=False)
+        self._bytes += self._kept[g].nbytes
+      self._kept.move_to_end(g)
+      while len(self._kept) > 1 and self._bytes > KEPT:
+        self._bytes -= self._kept.popitem(last=False)[1].nbytes
+      return self._kept[g]
+
+
+class _ArrayRecord:
+  def __init__(self, path: pathlib.Path):
+    from array_record.python import array_record_data_source as array_record
+
+    self._rows = array_record.ArrayRecordDataSource(str(path))
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int) -> Any:
+    return json.loads(self._rows[i].decode("utf-8"))
+
+
+class _Tfds:
+  def __init__(self, rest: str, root):
+    import tensorflow_datasets as tfds
+
+    name, _, split = rest.rpartition("/")
+    folder = pathlib.Path(root or ".") / name
+    try:
+      if (folder / "dataset_info.json").is_file():
+        builder = tfds.builder_from_directory(str(folder))
+      else:
+        builder = tfds.builder(name, data_dir=str(root) if root else None)
+      pictures = {
+        key: _undecoded(tfds)
+        for key, feature in builder.info.features.items()
+        if isinstance(getattr(feature, "feature", feature), tfds.features.Image)
+      }
+      self._rows = builder.as_data_source(split, decoders=pictures or None)
+    except Exception as error:  # tfds raises a class of its own for every mistake
+      raise SourceError(
+        f"tfds:{rest}: {_short(error)}; expected tfds:NAME/SPLIT or tfds:FOLDER/SPLIT, "
+        "prepared with file_format=array_record"
+      ) from error
+
+  def __len__(self) -> int:
+    return len(self._rows)
+
+  def __getitem__(self, i: int) -> dict:
+    return _texts(self._rows[i])
+
+
+def _undecoded(tfds):
+  """Pictures stay the bytes they are stored as; tfds forgot this for lists of them."""
+
+  class Undecoded(tfds.decode.SkipDecoding):
+    def decode_batch_example_np(self, example):
+      return example
+
+  return Undecoded()
+
+
+def _texts(x: Any) -> Any:
+  """Bytes that are UTF-8 become text: TFDS does not tell texts from pictures."""
+  if isinstance(x, dict):
+    return {k: _texts(v) for k, v in x.items()}
+  if isinstance(x, np.ndarray):
+    x = x.tolist()
+  if isinstance(x, list):
+    return [_texts(v) for v in x]
+  if isinstance(x, bytes):
+    try:
+      return x.decode("utf-8")
+    except UnicodeDecodeError:  # encoded pictures: PNG, JPEG and WebP never are
+      return x
+  return x

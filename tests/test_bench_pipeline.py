@@ -1,0 +1,42 @@
+"""tools/bench_pipeline.py at its smallest, and what it counts."""
+
+import json
+import pathlib
+import sys
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
+
+bench_pipeline = pytest.importorskip("bench_pipeline", reason="needs torch")
+
+from pixel_jax.pixels import image  # noqa: E402
+
+
+def test_the_sizes_are_log_normal():
+  sizes = bench_pipeline.sizes(np.random.default_rng(0), 4000)
+  area = np.log([w * h for w, h in sizes])
+  assert area.mean() == pytest.approx(np.log(bench_pipeline.AREA), abs=0.05)
+  assert area.std() == pytest.approx(bench_pipeline.SIGMA, abs=0.05)
+
+
+def test_windows_of_this_mix_fill_their_rows():
+  """The row of performance figures: at least .9 of the patches are used."""
+  tokens, patches = bench_pipeline.utilisation(1024, **bench_pipeline.ROW)
+  assert 0.9 <= patches <= 1 and 0 < tokens <= 1
+
+
+@pytest.mark.slow
+@pytest.mark.torch
+def test_both_sides_read_the_same_pictures(tmp_path, capsys):
+  file = tmp_path / "x.json"
+  result = bench_pipeline.main(
+    ["--pictures=5", "--workers=1", "--repeats=1", f"--json={file}"]
+  )
+  assert json.loads(file.read_text()) == result
+  assert result["ratio"] > 0 and 0 < result["utilisation"]["run"] <= 1
+  assert "ratio" in capsys.readouterr().out
+  bench_pipeline.write_pictures(tmp_path, 2)
+  small = image.load_image(tmp_path / "1.jpg")
+  assert small.size == bench_pipeline.sizes(np.random.default_rng(0), 2)[1]

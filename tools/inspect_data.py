@@ -1,0 +1,281 @@
+"""What a URI of data holds, and what the model will see of it.
+
+  python tools/inspect_data.py URI [--root=DIR] [--init=DIR] [--records=1000]
+    [--tokens=8192 --patches=32768] [--out=page.html]
+
+A sample of the records is read; each is made into what `data.uri=URI` makes of
+it: a trace with its pictures, or the prompt of a question.  Printed are counts, fields,
+histograms of length and pixels, rows and packing, what is set aside and why, and one
+example with its placeholders folded; --out writes a page of thumbnails.
+
+--init is a workdir or a converted checkpoint: its tokenizer counts the tokens (without
+it the tiny one does, one token a letter), its codec gives the pixel budgets.
+"""
+
+import argparse
+import collections
+import dataclasses
+import json
+import math
+import pathlib
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+
+import numpy as np
+from tqdm import tqdm
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
+
+from pixel_jax.chat import encode, tokenizer
+from pixel_jax.data import formats, pack, sources, world
+from pixel_jax.trajectory import Trajectory
+from pixel_jax.view import page
+from pixel_jax.view import trajectory as view
+from pixel_jax.view.pictures import Shown, figure
+from pixel_jax.view.text import escape
+
+BARS = 40  # letters of the longest bar
+ROWS = (1024, 2048, 4096, 8192, 16384)  # buckets of tokens, with 4 patches for each
+PADS = re.compile(r"(<\|(?:image|video)_pad\|>)+")
+
+
+@dataclasses.dataclass
+class Seen:
+  """One record that can be used."""
+
+  index: int
+  trajectory: Trajectory  # of a question: the prompt
+  example: encode.Example
+  pixels: list[int]  # of every picture of the question, as the file has it
+  is_trace: bool
+
+
+@dataclasses.dataclass
+class Look:
+  """What was found in a source."""
+
+  records: int
+  read: int
+  fields: collections.Counter
+  seen: list[Seen]
+  bad: collections.Counter  # reasons without their names and numbers
+
+
+def look(source, codec: encode.Codec, most: int) -> Look:
+  """Reads `most` records, drawn from a fixed seed."""
+  count = min(len(source), most)
+  found = Look(len(source), count, collections.Counter(), [], collections.Counter())
+  drawn = np.random.default_rng(0).permutation(len(source))[:count]
+  for i in tqdm(sorted(drawn.tolist()), desc="records", leave=False, disable=None):
+    try:
+      if isinstance(source, sources.File):
+        found.fields.update(source.records[i].keys())
+      found.seen.append(_see(source, codec, i))
+    except Exception as error:  # a decoder of a damaged file raises anything
+      name = re.sub(r"'[^']*'|\S*[/#]\S*|\d+", "·", str(error))
+      found.bad[f"{type(error).__name__}: {name[:100]}"] += 1
+  return found
+
+
+def _see(source, codec: encode.Codec, i: int) -> Seen:
+  record, pixels = source[i], []
+
+  def load(media):
+    loaded = source.load_media(media)
+    picture = loaded.frames[0] if media.kind == "video" else loaded
+    pixels.append(picture.width * picture.height)
+    return loaded
+
+  is_trace = isinstance(record, Trajectory)
+  if not is_trace:
+    formats.check_task(record)
+    prompt = encode.Conversation(codec, record, load)
+    made = prompt.trajectory, prompt.pixels
+  elif record.turns and not record.ids:
+    made = formats.retell(record, codec, load)
+  else:
+    made = record, encode.redraw(record, codec, load)
+  return Seen(i, made[0], encode.example(*made), pixels, is_trace)
+
+
+# ---- Told ----------------------------------------------------------------------------
+
+
+def histogram(values: Sequence[int], bins: int = 10) -> list[str]:
+  """Lines: from, how many, a bar; the steps are those of a logarithm."""
+  values = np.asarray(values)
+  low, high = max(int(values.min()), 1), max(int(values.max()), 1)
+  edges = np.unique(np.geomspace(low, high + 1, bins + 1).round().astype(int))
+  if len(edges) < 2:
+    edges = np.array([low, high + 1])
+  counts, _ = np.histogram(np.maximum(values, 1), edges)
+  top = max(counts.max(), 1)
+  return [
+    f"  {a:>10,} .. {b - 1:>10,} {n:>7,} {'█' * math.ceil(n / top * BARS)}"
+    for a, b, n in zip(edges, edges[1:], counts)
+  ]
+
+
+def packing(examples: Sequence[encode.Example], T: int, P: int) -> tuple:
+  """(share that fits, rows, utilisation of tokens, of patches)."""
+  fitting = [e for e in examples if pack.fits(e, T, P)]
+  rows = pack.first_fit(fitting, T, P)
+  used = np.zeros(2)
+  for row in rows:
+    pictures = {k: n for i in row for k, n in pack.distinct(fitting[i]).items()}
+    used += sum(len(fitting[i].tokens) for i in row), sum(pictures.values())
+  share = used / (max(len(rows), 1) * np.array([T, P]))
+  return len(fitting) / max(len(examples), 1), len(rows), *share.tolist()
+
+
+def fold(text: str) -> str:
+  """The text with a run of placeholders as one and its length."""
+
+  def count(run):
+    return f"{run[1]} x {len(run[0]) // len(run[1])}"
+
+  return PADS.sub(count, text)
+
+
+def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str]:
+  """The report as lines."""
+  seen, kinds = found.seen, collections.Counter()
+  out = [f"{uri}: {found.records:,} records, {found.read:,} of them read"]
+  for s in seen:
+    shown = [m.kind for m in s.trajectory.task.media] or ["text"]
+    mix = f"{len(shown)} {shown[0]}s" if len(shown) > 1 else shown[0]
+    kinds[f"{'trace' if s.is_trace else 'question'}, {mix}"] += 1
+  out += ["", "kinds", *(f"  {n:>7,} {kind}" for kind, n in kinds.most_common())]
+  if found.fields:
+    out += ["", "fields"]
+    out += [f"  {n:>7,} {name}" for name, n in found.fields.most_common()]
+  calls = collections.Counter(
+    f"{c.name or '(unreadable)'}{', fails' if c.error else ''}{', planted' * c.planted}"
+    for s in seen
+    for c in s.trajectory.calls
+  )
+  if calls:
+    out += ["", "calls", *(f"  {n:>7,} {name}" for name, n in calls.most_common())]
+  if found.bad:
+    out += ["", "set aside"]
+    out += [f"  {n:>7,} {reason}" for reason, n in found.bad.most_common(20)]
+  if not seen:
+    return [*out, "", "no record can be used"]
+  lengths = [len(s.example.tokens) for s in seen]
+  out += ["", f"tokens (mean {np.mean(lengths):,.0f})", *histogram(lengths)]
+  pixels = [n for s in seen for n in s.pixels]
+  if pixels:
+    out += [
+      "",
+      f"pixels of a picture (mean {np.mean(pixels):,.0f})",
+      *histogram(pixels),
+    ]
+  out += ["", "rows of T tokens and P patches: share that fits, rows, use of T, of P"]
+  buckets = dict.fromkeys([(T, P), *((t, 4 * t) for t in ROWS)])
+  for t, p in buckets:
+    fit, rows, tokens, patches = packing([s.example for s in seen], t, p)
+    mark = " <- --tokens, --patches" if (t, p) == (T, P) else ""
+    out.append(
+      f"  T {t:>6,} P {p:>6,} {fit:>7.1%} {rows:>7,} {tokens:>6.3f} {patches:>6.3f}{mark}"
+    )
+  first = seen[len(seen) // 2]
+  text = fold(codec.tokenizer.decode(first.trajectory.ids))
+  return [*out, "", f"record {first.index} as the model sees it", text]
+
+
+# ---- Shown ---------------------------------------------------------------------------
+
+
+def write_page(
+  out: pathlib.Path, uri: str, lines: list[str], source, found: Look, codec, most: int
+) -> int:
+  """Thumbnails of the questions, each opening into its conversation; how many."""
+  chosen = found.seen[:: max(1, math.ceil(len(found.seen) / most))]
+  cards = []
+  for s in chosen:
+    task = s.trajectory.task
+    pictures = []
+    for media in task.media[:4]:
+      loaded = source.load_media(media)
+      frames = loaded.frames[::4] if media.kind == "video" else [loaded]
+      pictures += [
+        figure(Shown(f, task.id), None, css="returned", caption=f"{f.width}×{f.height}")
+        for f in frames
+      ]
+    answer = task.answer if isinstance(task.answer, str) else " | ".join(task.answer)
+    whole = view.render(s.trajectory, source.load_media, codec=codec)
+    cards.append(
+      f'<section class="trajectory"><h3>{escape(task.id)}</h3>'
+      f'<div class="strip">{"".join(pictures)}</div>'
+      f'<div class="words">{escape(task.question[:400])}</div>'
+      f"<p><b>{escape(answer[:200])}</b> · {len(s.example.tokens):,} tokens</p>"
+      f'<details class="more"><summary>the conversation</summary>{whole}</details>'
+      "</section>"
+    )
+  report = escape("\n".join(lines))
+  out.parent.mkdir(parents=True, exist_ok=True)
+  html = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{escape(uri)}</title><style>{page.STYLE}
+section.trajectory {{ border-top: 1px solid var(--rule); padding: 16px 0 }}</style></head>
+<body><main><h1>{escape(uri)}</h1>
+<details class="more" open><summary>what it holds</summary><pre>{report}</pre></details>
+{"".join(cards)}
+</main></body></html>
+"""
+  out.write_text(html.encode("utf-8", "replace").decode(), encoding="utf-8")
+  return len(chosen)
+
+
+def open_codec(init: str, folder: str) -> encode.Codec:
+  """The codec of a workdir or a checkpoint; "" = the tiny tokenizer, released sizes."""
+  if not init:
+    return encode.Codec(tokenizer=tokenizer.make_tiny(folder, world.scaffolds()))
+  root, section = pathlib.Path(init).expanduser(), {}
+  if (root / "config.json").is_file():
+    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+    section = config.get("codec", {})
+    if "budgets" in section:
+      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
+  return encode.Codec(tokenizer=tokenizer.load(root / "tokenizer"), **section)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("uri", metavar="URI", help="as data.uri: docs/data.md")
+  parser.add_argument("--root", default="", help="where the paths begin")
+  parser.add_argument("--init", default="", help="whose tokenizer and codec to take")
+  parser.add_argument("--records", type=int, default=1000, help="to read at most")
+  parser.add_argument("--tokens", type=int, default=8192, help="of a row")
+  parser.add_argument("--patches", type=int, default=32768, help="of a row")
+  parser.add_argument("--thumbnails", type=int, default=60, help="on the page at most")
+  parser.add_argument("--out", type=pathlib.Path, help="write a page of thumbnails")
+  args = parser.parse_args(argv)
+  if min(args.records, args.thumbnails) < 1:
+    parser.error("--records and --thumbnails must be 1 or more")
+  with tempfile.TemporaryDirectory() as folder:
+    try:
+      codec = open_codec(args.init, folder)
+      source = sources.open_source(args.uri, root=args.root, codec=codec)
+      pack.check_limits(args.tokens, args.patches)
+    except (
+      sources.SourceError,
+      tokenizer.TokenizerError,
+      pack.PackError,
+    ) as error:
+      parser.error(str(error))
+    found = look(source, codec, args.records)
+    lines = tell(args.uri, found, codec, args.tokens, args.patches)
+    print("\n".join(lines))
+    if args.out:
+      n = write_page(args.out, args.uri, lines, source, found, codec, args.thumbnails)
+      size = args.out.stat().st_size / 1e6
+      print(f"\npage: {args.out.resolve()} ({n} records, {size:.1f} MB)")
+
+
+if __name__ == "__main__":
+  main()
