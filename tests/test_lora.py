@@ -109,6 +109,7 @@ def test_what_is_refused(fields, told):
 # ---- How they begin ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_they_begin_as_those_of_peft():
   config = adapted(CONFIGS["tiny"], EVERYTHING, rank=64)
   flat = table.unnest(model.init(config, jax.random.key(0)))

@@ -356,6 +356,7 @@ def test_pixels_equal_transformers():
 # ---- Packing -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_packed_rows_equal_examples_alone():
   """log-probs, entropies and the gradient of their sum do not know their neighbours."""
   config = ONE
@@ -581,6 +582,7 @@ def test_decoding_updates_the_cache_in_place():
 # ---- Runtime options -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runtime_options_change_nothing():
   """scan, remat and chunks are ways to run, not another function."""
   base = dataclasses.replace(ONE, scan_layers=False)
@@ -603,6 +605,7 @@ def test_runtime_options_change_nothing():
 REMAT = ("none", "dots", "qkvo", "full")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scan", [False, True])
 def test_remat_keeps_less_and_gives_the_same_gradient(scan):
   """Of both towers; the vision tower of "tied" is scanned in periods."""
@@ -632,6 +635,7 @@ def test_an_unknown_remat_is_told():
   assert tuple(layers.REMAT) == REMAT
 
 
+@pytest.mark.slow
 def test_bf16_runs_close_to_f32():
   config = dataclasses.replace(ONE, dtype="bfloat16")
   params = noisy(config)

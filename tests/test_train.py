@@ -133,6 +133,7 @@ def test_sft_leaves_what_the_next_stage_needs(base):
   assert checkpoint.complete_steps(base / "checkpoints") == [2, 4, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 3])
 def test_killed_sft_goes_on_bit_for_bit(base, step, tmp_path):
   kill_at(SFT, tmp_path / "run", step, **SMALL_SFT)
@@ -180,6 +181,7 @@ def test_killed_rl_goes_on_bit_for_bit(able, rl, tmp_path):
     ), file.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", [SFT, RL])
 def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
   mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
@@ -202,6 +204,7 @@ def assert_only_adapters_differ(one, other):
   assert sum(p.endswith(("/lora_a", "/lora_b")) for p in b) == 14
 
 
+@pytest.mark.slow
 def test_lora_moves_only_adapters(able, adapted):
   assert_only_adapters_differ(able, adapted)
   assert all(params_of(adapted)[f"text/blocks/{x}/lora_b"].any() for x in "qkvo")
@@ -211,6 +214,7 @@ def test_lora_moves_only_adapters(able, adapted):
   assert np.isfinite(losses).all() and losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_killed_lora_goes_on_bit_for_bit(able, adapted, tmp_path):
   entry = ("train_sft", "configs/sft.py:tiny")
   kill_at(entry, tmp_path / "run", 3, init=able, **LORA, **SMALL_SFT)
@@ -218,6 +222,7 @@ def test_killed_lora_goes_on_bit_for_bit(able, adapted, tmp_path):
   assert_same_run(adapted, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_rl_and_evaluation_of_adapters(adapted, tmp_path):
   """The sampler has merged weights, the trainer has not: log-probs agree."""
   workdir = tmp_path / "rl"
@@ -232,6 +237,7 @@ def test_rl_and_evaluation_of_adapters(adapted, tmp_path):
   assert [r["name"] for r in result["rows"]] == ["RL"]
 
 
+@pytest.mark.slow
 def test_the_readme_on_one_gpu(base, tmp_path):
   """Its commands as they stand, with tiny for 7b: a bf16 base, two steps, PEFT out."""
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
