@@ -89,7 +89,7 @@ def get_config(arg="tiny"):
       lr=4e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
     )
   if tiny and arg.full:  # deep clips: select, crop, answer, and room for one mistake
-    c.total_steps = 300
+    c.total_steps = 450
     c.data.update(uri="world:full_train")
     c.eval.update(uri="world:full_val")
     c.rollout.update(max_turns=4)

@@ -5,4 +5,5 @@ EXTRAS="[test]" source "$(dirname "$0")/install.sh"
 export JAX_PLATFORMS=cpu
 ruff check . && ruff format --check .
 lint-imports
-python -m pytest "$@"
+# A file stays with one worker, whose fixtures it shares.
+python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -344,6 +344,10 @@ def to_engines(
   local arrays without a copy.  `dtype` casts before anything is gathered.
   """
   leaf = jax.tree.leaves(params)[0]
+  if len(leaf.sharding.device_set) == 1 and tensor == 1:  # they lie there already
+    return [
+      params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
+    ]
   mesh = engine_mesh(leaf.sharding.mesh, tensor)
   if logical_axes is None:  # whole weights on every engine
     logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
@@ -354,8 +358,6 @@ def to_engines(
 
 def engine_params(params: dict) -> dict:
   """`to_engines` for one engine of one device: whole weights on this host's first."""
-  if len(jax.tree.leaves(params)[0].sharding.device_set) == 1:
-    return params
   return to_engines(params)[0]
 
 

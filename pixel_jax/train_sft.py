@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pixel_jax import checkpoint, metrics, optim, parallel, start
+from pixel_jax import checkpoint, features, metrics, optim, parallel, start
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import flops, qwen2_5_vl
 
@@ -22,6 +22,10 @@ def main(config, workdir):
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
+  bank = start.call(
+    "features", features.open_bank, policy.config, policy.params,
+    optim.list_paths(trained), patches=config.data.patches, **config.features,
+  )  # fmt: skip
   data = dict(config.data)
   uri, weights = data.pop("uri"), data.pop("weights")
   opened = {k: data.pop(k) for k in ("root", "filter")}
@@ -40,8 +44,12 @@ def main(config, workdir):
       workdir=workdir,
       host=jax.process_index(),
       hosts=jax.process_count(),
+      apart=bank is not None,
       **data,
     )
+
+  def on_devices(rows):
+    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
   train = batches(uri, config.seed, weights)
   batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
@@ -85,7 +93,8 @@ def main(config, workdir):
     trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
     m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
     m["data/utilisation"] = (batch.segment > 0).mean()
-    m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
+    if batch.features is None:
+      m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
     params = optim.merge(trained, frozen)
     return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
 
@@ -103,16 +112,18 @@ def main(config, workdir):
   # ---- Loop --------------------------------------------------------------------------
   for step in range(first, config.total_steps):
     with writer.timer("data"):
-      batch = parallel.to_devices(mesh, next(train))
+      batch = on_devices(next(train))
     with writer.timer("update"):
       state, *told = update(state, batch)
       m, work = jax.tree.map(float, jax.device_get(told))
+    if bank:
+      m["perf/pictures_encoded"] = float(bank.encoded)
     done = step + 1
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
       rows = [next(held) for _ in range(config.eval.batches)]
       held.close()  # its thread reads ahead until then
-      losses = [heldout(state["params"], parallel.to_devices(mesh, r)) for r in rows]
+      losses = [heldout(state["params"], on_devices(r)) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
     cost = flops.of_work(policy.config, work, optim.list_paths(trained))
     writer.write(

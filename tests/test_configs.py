@@ -10,6 +10,7 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pack, sources, synthesize, world
 
 ARGS = {"sft": ("base", "full", "base,full"), "rl": ("full",), "evaluate": ("full",)}
+ARGS["synthesize"] = ()
 TINY = [(name, option) for name in ARGS for option in ("", *ARGS[name])]
 
 
@@ -57,7 +58,8 @@ def test_a_row_holds_all_that_a_full_conversation_can_show(tmp_path):
   most = 0
   for n in range(1, world.FRAMES + 1):  # so many frames in one call
     trace = encode.Conversation(codec, task, world.load_media)
-    synthesize.select(trace, range(1, n + 1))
+    selected = synthesize.selection(range(1, n + 1))
+    synthesize.call(trace, selected.name, selected.arguments, False)
     example = encode.example(trace.trajectory, trace.pixels)
     if len(example.tokens) < c.engine.max_len:  # else the engine ends it before
       pack.check_fits(example, c.rl.tokens, c.rl.patches)

@@ -147,7 +147,7 @@ def prefill(model, ids, pieces):
 
 
 DECODE = jax.jit(
-  decode.decode, static_argnames=("config", "sampling", "stops", "view", "lanes")
+  decode.decode, static_argnames=("config", "sampling", "stops", "lanes")
 )
 
 
@@ -157,7 +157,7 @@ def send(model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, **kwa
   mask = np.zeros(V, bool)
   mask[list(banned)] = True
   forced = np.full((B, chunk), -1, np.int32) if forced is None else forced
-  kwargs = dict(sampling=Sampling(), stops=(END,), view=S, lanes=lanes) | kwargs
+  kwargs = dict(sampling=Sampling(), stops=(END,), lanes=lanes) | kwargs
   banned = mask if banned else None
   return DECODE(config, params, cache, standing, forced, banned, **kwargs)
 

@@ -336,7 +336,7 @@ def test_buckets_change_nothing_but_rounding(world, plain, record_property):
     total += sampled.sum()
     same += sampled[:until].sum()
   rate = 1 - same / total
-  record_property("tokens that differ between buckets", rate)
+  record_property("tokens that differ between buckets", float(rate))
   print(f"{rate:.2%} of {total} tokens differ between buckets")
   assert rate < 0.02
   check_logp(world, free)

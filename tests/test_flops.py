@@ -74,6 +74,25 @@ def test_a_step_equals_the_matmuls_that_are_traced(remat):
   assert count(jaxpr.jaxpr) + again == ours.executed
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+def test_a_frozen_tower_has_no_backward_pass(remat):
+  config = config_lib.tiny(99, remat=remat)
+  B, T, P = 2, 48, 64
+
+  def loss(text, tower, batch):
+    return logits(config)({"text": text, "vision": tower}, batch)
+
+  params = qwen2_5_vl.abstract(config)
+  gradient = jax.grad(loss)
+  jaxpr = jax.make_jaxpr(gradient)(params["text"], params["vision"], batch(B, T, P))
+  ours = flops.train_step(
+    config, text_tokens=B * T, context=T, patches=B * P, patches_per_image=P,
+    scored=B * T, frozen_vision=True,
+  )  # fmt: skip
+  again = B * T * flops.head_per_token(config)
+  assert count(jaxpr.jaxpr) + again == ours.executed
+
+
 @pytest.mark.parametrize("context, gf", [(4096, 14.96), (8192, 15.79), (32_768, 20.72)])
 def test_text_equals_the_published_formula(context, gf):
   ours = flops.text_per_token(SEVEN, context / 2) + flops.head_per_token(SEVEN)

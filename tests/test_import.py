@@ -76,7 +76,11 @@ def test_everything_imported_is_a_declared_dependency():
   """A machine without the test extra has only these (jaxtyping was once missing)."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
   declared = {re.split(r"[\[<>=]", d)[0].lower() for d in project["dependencies"]}
-  optional = {"wandb", "torch"}  # imported where they are used, with a clear error
+  optional = {
+    "wandb",
+    "torch",
+    "openai",
+  }  # imported where they are used, with a clear error
   names = {"pil": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
   for file in (ROOT / "pixel_jax").rglob("*.py"):
     for node in ast.walk(ast.parse(file.read_text())):

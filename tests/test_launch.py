@@ -59,11 +59,11 @@ def test_the_readme_names_what_exists(command):
   if words[0].startswith("./"):
     program = ROOT / words[0]
     assert program.exists() and os.access(program, os.X_OK)
-  elif words[1] == "-m":
-    assert (ROOT / (words[2].replace(".", "/") + ".py")).exists()
-    config = next(w for w in words if w.startswith("--config="))
-    path, _, arg = config.removeprefix("--config=").partition(":")
-    code = f"import runpy; runpy.run_path({path!r})['get_config']({arg!r})"
+  elif configs := [w for w in words if w.startswith("--config=")]:
+    file = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
+    assert (ROOT / file).exists()
+    path, _, arg = configs[0].removeprefix("--config=").partition(":")
+    code = f"import runpy; runpy.run_path({path!r})['get_config'](*{[arg] * bool(arg)})"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
   else:
     shown = subprocess.run(

@@ -43,7 +43,6 @@ def start(entry, workdir, devices=1, **overrides):
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    "JAX_COMPILATION_CACHE_DIR": str(pathlib.Path(workdir).parent / "compiled"),
   }
   return subprocess.Popen(
     command(entry, workdir, **overrides),

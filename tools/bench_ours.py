@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax import optim
+from pixel_jax import features, optim
 from pixel_jax.batch import Batch
 from pixel_jax.chat import encode
 from pixel_jax.data import pack
@@ -69,7 +69,7 @@ def generate(
   B, S = context.shape
   program = jax.jit(
     functools.partial(decode.decode, config, stops=()),
-    static_argnames=("sampling", "view", "lanes"),
+    static_argnames=("sampling", "lanes"),
     donate_argnums=1,
   )
   position = jnp.broadcast_to(jnp.arange(S - 1)[:, None], (B, S - 1, 3))
@@ -94,7 +94,7 @@ def generate(
     # What an earlier run wrote lies beyond the lengths in `slots` and is not seen.
     held["cache"], _, out, *_ = program(
       params, held["cache"], slots, free, None,
-      sampling=decode.Sampling(greedy=True), view=S + tokens, lanes=B,
+      sampling=decode.Sampling(greedy=True), lanes=B,
     )  # fmt: skip
     return np.asarray(out)
 
@@ -190,6 +190,19 @@ def packed(examples: Sequence, row: tuple[int, int, int]) -> list[Batch]:
   bins = [[examples[i] for i in b] for b in pack.first_fit(examples, T, P)]
   groups = [bins[i : i + B] for i in range(0, len(bins), B)]
   return [_on_device(pack.collate(g, T, P, num_rows=B)) for g in groups]
+
+
+def with_features(
+  config: ModelConfig, params: Params, examples: Sequence, row: tuple[int, int, int]
+) -> list[Batch]:
+  """`packed`, with the frozen tower's features: what every epoch but the first meets."""
+  B, T, P = row
+  text = optim.list_paths({"text": params["text"]})
+  bank = features.open_bank(config, params, text, patches=P, gib=8)
+  bins = [[examples[i] for i in b] for b in pack.first_fit(examples, T, P)]
+  groups = [bins[i : i + B] for i in range(0, len(bins), B)]
+  rows = [pack.collate(g, T, P, num_rows=B, apart=True) for g in groups]
+  return [_on_device(bank.fill(r)) for r in rows]
 
 
 def full(rows: Sequence) -> Batch:

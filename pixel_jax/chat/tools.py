@@ -179,7 +179,7 @@ def parse_call(text: str, profile: str) -> Call | None:
     return None
   raw = text.rsplit(OPEN, 1)[-1].split(CLOSE, 1)[0]
   try:
-    call = _loads(raw)
+    call = loads(raw)
   except ValueError as error:
     return Call("", _clean_text(raw), ops.OpError("bad_json", str(error)))
   if profile == "released":  # its error texts are those of Python
@@ -252,7 +252,7 @@ def check_profile(profile: str) -> None:
     raise ValueError(f"{profile=}: unknown; allowed are {', '.join(PROFILES)}")
 
 
-def _loads(raw: str) -> Any:
+def loads(raw: str) -> Any:
   """JSON of bounded depth with finite numbers and no lone surrogates, or ValueError."""
   if raw.count("[") + raw.count("{") > MAX_BRACKETS:
     raise ValueError("the JSON is nested too deeply")

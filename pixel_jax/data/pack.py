@@ -19,6 +19,9 @@ import numpy as np
 PATCH_BLOCK = 64
 PATCH_BYTES = 1176
 
+# The distinct pictures of a row: (first merged patch in the row, `geometry.Pixels`).
+Pictures = list[tuple[int, Any]]
+
 
 class PackError(ValueError):
   """An example that no row can hold, or rows that do not fit the batch."""
@@ -92,12 +95,13 @@ def check_limits(T: int, P: int) -> None:
 
 
 def collate(
-  rows: Sequence[Sequence[Any]], T: int, P: int, num_rows: int
-) -> dict[str, np.ndarray]:
+  rows: Sequence[Sequence[Any]], T: int, P: int, num_rows: int, *, apart: bool = False
+) -> dict[str, Any]:
   """The fields of `Batch` for `num_rows` rows; missing rows are padding.
 
   Args:
     rows: the examples of each row, as `first_fit` grouped them.
+    apart: leave the patches out, and return the `Pictures` of each row in "pictures".
   """
   check_limits(T, P)
   if len(rows) > num_rows:
@@ -111,22 +115,22 @@ def collate(
     "position": np.zeros((B, T, 3), np.int32),
     "weight": np.zeros((B, T), np.float32),
     "vision_index": np.full((B, T), -1, np.int32),
-    "patches": np.zeros((B, P, PATCH_BYTES), np.uint8),
-    "patch_pos": np.zeros((B, P, 2), np.int32),
-    "patch_image": np.zeros((B, P), np.int32),
-    "patch_window": np.zeros((B, P), np.int32),
     "logp_sampler": np.zeros((B, T), np.float32),
     "advantage": np.zeros((B, T), np.float32),
   }
+  pictures: list[Pictures] = [[] for _ in range(B)]
   for b, examples in enumerate(rows):
-    _fill({k: x[b] for k, x in out.items()}, examples, T, P, b)
-  return out
+    pictures[b] = _fill({k: x[b] for k, x in out.items()}, examples, T, P, b)
+  if apart:
+    return out | _patches([[]] * B, 0) | {"pictures": pictures}
+  return out | _patches(pictures, P)
 
 
-def _fill(out: dict[str, np.ndarray], examples, T: int, P: int, row: int) -> None:
-  """Writes the examples into one row's views of the arrays."""
-  at, patch, image, window = 0, 0, 0, 0  # next free token, patch; ids given so far
+def _fill(out: dict[str, np.ndarray], examples, T: int, P: int, row: int) -> Pictures:
+  """Writes the examples into one row's views of the arrays; returns its pictures."""
+  at, patch = 0, 0  # next free token, patch
   starts: dict[str, int] = {}  # key -> its first merged patch in the row
+  pictures: Pictures = []
   for segment, example in enumerate(examples, 1):
     n = len(example.tokens)
     new = sum(k for key, k in distinct(example).items() if key not in starts)
@@ -144,17 +148,34 @@ def _fill(out: dict[str, np.ndarray], examples, T: int, P: int, row: int) -> Non
     out["advantage"][here] = example.advantage
     for start, pixels in example.vision:
       if pixels.key not in starts:
-        p = pixels.num_patches
-        there = slice(patch, patch + p)
-        out["patches"][there] = pixels.patches
-        out["patch_pos"][there] = pixels.patch_pos
-        out["patch_image"][there] = pixels.patch_image + (image + 1)
-        out["patch_window"][there] = pixels.patch_window + (window + 1)
-        image += int(pixels.patch_image.max()) + 1
-        window += int(pixels.patch_window.max()) + 1
-        starts[pixels.key] = patch * pixels.num_merged // p
-        patch += p
+        starts[pixels.key] = patch * pixels.num_merged // pixels.num_patches
+        pictures.append((starts[pixels.key], pixels))
+        patch += pixels.num_patches
       m = pixels.num_merged
       span = slice(at + start, at + start + m)
       out["vision_index"][span] = starts[pixels.key] + pixels.merged_row
     at += n
+  return pictures
+
+
+def _patches(rows: Sequence[Pictures], P: int) -> dict[str, np.ndarray]:
+  """The fields of `Batch` that the tower reads: the pictures of each row in turn."""
+  B = len(rows)
+  out = {
+    "patches": np.zeros((B, P, PATCH_BYTES), np.uint8),
+    "patch_pos": np.zeros((B, P, 2), np.int32),
+    "patch_image": np.zeros((B, P), np.int32),
+    "patch_window": np.zeros((B, P), np.int32),
+  }
+  for b, pictures in enumerate(rows):
+    at, image, window = 0, 0, 0  # next free patch; ids given so far
+    for _, pixels in pictures:
+      here = slice(at, at + pixels.num_patches)
+      out["patches"][b, here] = pixels.patches
+      out["patch_pos"][b, here] = pixels.patch_pos
+      out["patch_image"][b, here] = pixels.patch_image + (image + 1)
+      out["patch_window"][b, here] = pixels.patch_window + (window + 1)
+      at += pixels.num_patches
+      image += int(pixels.patch_image.max()) + 1
+      window += int(pixels.patch_window.max()) + 1
+  return out

@@ -50,6 +50,7 @@ def batches(
   hosts: int = 1,
   threads: int = 1,
   read_ahead: int = 3,
+  apart: bool = False,
 ) -> "Stream":
   """Endless dicts of the fields of `Batch`: this host's block of `rows` packed rows.
 
@@ -62,6 +63,7 @@ def batches(
     max_bad_share: of the records of a shard; more is an error.
     threads: that decode and resize; they do not change the batches.
     read_ahead: batches made in advance.
+    apart: pictures instead of patches, as in `pack.collate`.
   """
   pack.check_limits(tokens, patches)
   mine = _own_shards(source, rows, shards, host, hosts, "rows")
@@ -91,7 +93,9 @@ def batches(
     ]
     while True:
       taken = [next(stream) for stream in streams for _ in range(each)]
-      batch = pack.collate([r for r, _ in taken], tokens, patches, len(taken))
+      batch = pack.collate(
+        [r for r, _ in taken], tokens, patches, len(taken), apart=apart
+      )
       after = [taken[(i + 1) * each - 1][1] for i in range(len(mine))]
       yield batch, {**state, "shards": {str(s): a for s, a in zip(mine, after)}}
 

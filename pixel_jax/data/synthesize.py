@@ -3,7 +3,8 @@
 Templates, as in the paper (2.3, 2.4): look at the cue, then answer; or first go wrong
 on purpose and correct it.  Wrong operations are planted: their whole turn has weight 0,
 so that recovering is learned and going wrong is not.  Traces grow in `Conversation`,
-the same as in a rollout.  Not here: pictures, and which question comes when.
+the same as in a rollout.  With the words of a teacher (`Prose`) they also say why.  Not
+here: boxes (`boxes.py`), pictures, teachers, and which question comes when.
 
   kind            turns of the policy
   image/single    crop, answer                   video/single    frames, answer
@@ -18,12 +19,11 @@ Base skills, which stand in for what Qwen2.5-VL brings along (no calls):
   video/number    the numbers of the cue's frames as the answer: [3]
   video/frame     the question, with the frame as its only picture
 
-Numbers stand on the grid of .02, two decimals, so that they are single tokens.
+Numbers of the world stand on the grid of .02, two decimals, as single tokens.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -31,7 +31,9 @@ import numpy as np
 from pixel_jax.chat import tools
 from pixel_jax.chat.encode import Codec, Conversation, LoadMedia
 from pixel_jax.chat.tokenizer import Tokenizer
-from pixel_jax.data import world
+from pixel_jax.data import boxes, world
+from pixel_jax.data.boxes import Box, SynthesisError
+from pixel_jax.pixels import ops
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 
@@ -51,15 +53,40 @@ KINDS = OPERATING | BASE | DIRECT | {"text/compare"}
 # Whole frames, which do not show what a deep clip is asked about.
 WHOLE = frozenset(("video/single", "video/reselect", "video/frame"))
 
-BINS = round(1 / world.GRID)
-MIN_BINS = 3  # a side of .06: 15 pixels of the canvas, one patch
-TRIES = 100
+# What the paper's traces say (pixel_reasoner.md 2.3) before a first operation ...
+TRIGGER = {
+  "crop_image_normalized": "Now I will zoom in to look clearer at {query}.",
+  "select_frames": "Now I will select some frames to look clearer at {query}.",
+}
+# ... and between a planted one and the next.
+CONNECTOR = {
+  "image/recrop1": (
+    "The cropped part doesn't contain the target object, I will zoom in again."
+  ),
+  "image/zoom": (
+    "Now I can zoom in further to get a clearer view of the target object."
+  ),
+  "video/reselect": "The selected frames don't show {query}, I will select again.",
+}
+CONNECTOR["image/recrop2"] = CONNECTOR["image/recrop1"]
 
-Box = tuple[float, float, float, float]
+
+@dataclasses.dataclass(frozen=True)
+class Prose:
+  """What a teacher wrote about a question; the templates put the operations between."""
+
+  whole: str  # analysis of the whole input, which does not tell the answer
+  query: str  # what is to be looked at: "the sign above the door"
+  cue: str  # analysis of the cue alone
 
 
-class SynthesisError(ValueError):
-  """Kinds that do not exist, or a question that a kind cannot be made of."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """A call of a trace to be.  The arguments are JSON text: 0.40 is a token, 0.4 not."""
+
+  name: str
+  arguments: str
+  planted: bool = False
 
 
 def check_kinds(kinds: Mapping[str, float]) -> dict[str, float]:
@@ -121,6 +148,24 @@ def trajectory(
   return trace.finish("answer"), trace.pixels
 
 
+def written(
+  codec: Codec,
+  task: Task,
+  kind: str,
+  rng: np.random.Generator,
+  prose: Prose,
+  *,
+  grid: boxes.Grid = boxes.WORLD,
+  load_media: LoadMedia = world.load_media,
+) -> Conversation:
+  """One trace of an operating kind in the words of a teacher, exact boxes, finished."""
+  trace = Conversation(codec, task, load_media)
+  operate(trace, kind, rng, (0.0, 0.0), grid, prose)
+  answer(trace, 1.0, prose=prose)
+  trace.finish("answer")
+  return trace
+
+
 def modality(task: Task) -> str:
   return task.media[0].kind if task.media else "text"
 
@@ -157,55 +202,94 @@ def fits(kind: str, task: Task) -> bool:
 # ---- Turns ---------------------------------------------------------------------------
 
 
-def operate(trace: Conversation, kind: str, rng: np.random.Generator, noise) -> None:
+def operate(
+  trace: Conversation,
+  kind: str,
+  rng: np.random.Generator,
+  noise,
+  grid: boxes.Grid = boxes.WORLD,
+  prose: Prose | None = None,
+) -> None:
   """The calls of a trace, planted ones first, each with what it returns."""
-  reference = trace.trajectory.task.reference
+  task, frames = trace.trajectory.task, 0
+  if modality(task) == "video":
+    frames = len(trace.seen.pictures[0].source)
+  planned = plan(task, kind, rng, noise, frames, trace.codec.profile, grid)
+  for i, operation in enumerate(planned):
+    said = spoken(kind, planned, i, prose) if prose else ""
+    call(trace, operation.name, operation.arguments, operation.planted, said)
+
+
+def plan(
+  task: Task,
+  kind: str,
+  rng: np.random.Generator,
+  noise=(0.0, 0.0),
+  frames: int = 0,
+  profile: str = "clean",
+  grid: boxes.Grid = boxes.WORLD,
+) -> list[Operation]:
+  """The calls of a trace of `kind`; `frames` are those that the model is shown."""
+  reference = task.reference
   need = "target_frames" if kind.startswith("video") else "bbox_2d"
   if need not in reference:
     raise SynthesisError(
-      f"task {trace.trajectory.task.id} has no reference {need!r}, which {kind} needs; "
+      f"task {task.id} has no reference {need!r}, which {kind} needs; "
       f"it has {sorted(reference)}. Give it one, or leave {kind} out of the kinds."
     )
+  planned = []
   if kind.startswith("video"):
     cue = reference["target_frames"]
-    count = len(trace.seen.pictures[0].source)
     if kind == "video/reselect":
-      select(trace, wrong_frames(cue, count, rng), planted=True)
-    frames = noisy_frames(cue, count, rng, noise[0])
-    select(trace, frames)
+      planned.append(selection(boxes.wrong_frames(cue, frames, rng), planted=True))
+    chosen = boxes.noisy_frames(cue, frames, rng, noise[0])
+    planned.append(selection(chosen))
     # In a frame that is not the cue's there is nothing to zoom into.
-    if kind == "video/zoom" and frames == list(cue)[:8]:
-      box = noisy(tuple(reference["bbox_2d"]), rng, noise)
+    if kind == "video/zoom" and chosen == boxes.at_most(cue):
+      box = boxes.noisy(tuple(reference["bbox_2d"]), rng, noise, grid)
       # Released prompts count a clip as one picture.
-      first = 1 + (count if trace.codec.profile == "clean" else 1)
-      crop(trace, box, first)
-    return
-  cue, target = tuple(reference["bbox_2d"]), 1
-  box = noisy(cue, rng, noise)
+      first = 1 + (frames if profile == "clean" else 1)
+      planned.append(zoom(box, first, grid))
+    return planned
+  cue, target = tuple(reference["bbox_2d"]), reference.get("target_image", 1)
+  padding = ops.RELEASED_PADDING if profile == "released" else 0.0
+  box = boxes.noisy(cue, rng, noise, grid)
   if kind in ("image/recrop1", "image/recrop2"):
     for _ in range(int(kind[-1])):
-      crop(trace, wrong_box(cue, rng), 1, planted=True)
+      planned.append(zoom(boxes.wrong(cue, rng, grid, padding), target, grid, True))
   elif kind == "image/zoom":
-    large = larger_box(cue, rng)
-    crop(trace, large, 1, planted=True)
-    box, target = inside(box, large), 2
-  crop(trace, box, target)
+    large = boxes.larger(cue, rng, grid)
+    planned.append(zoom(large, target, grid, True))
+    box = boxes.inside(box, boxes.pad(large, padding), grid)
+    target = len(task.media) + 1
+  return [*planned, zoom(box, target, grid)]
 
 
-def crop(trace: Conversation, box: Box, target: int, planted: bool = False) -> None:
-  call(trace, "crop_image_normalized", bbox_text(box, target), planted)
+def zoom(box: Box, target: int, grid: boxes.Grid, planted: bool = False) -> Operation:
+  arguments = f'{{"bbox_2d": {grid.text(box)}, "target_image": {target}}}'
+  return Operation("crop_image_normalized", arguments, planted)
 
 
-def select(trace: Conversation, frames: Sequence[int], planted: bool = False) -> None:
-  arguments = f'{{"target_frames": {list(frames)}}}'
-  call(trace, "select_frames", arguments, planted)
+def selection(frames: Sequence[int], planted: bool = False) -> Operation:
+  return Operation("select_frames", f'{{"target_frames": {list(frames)}}}', planted)
 
 
-def call(trace: Conversation, name: str, arguments: str, planted: bool) -> None:
+def spoken(kind: str, planned: Sequence[Operation], i: int, prose: Prose) -> str:
+  """What is said before the i-th call."""
+  if i and planned[i - 1].planted:
+    return CONNECTOR[kind].format(query=prose.query)
+  trigger = TRIGGER[planned[i].name].format(query=prose.query)
+  return trigger if i else f"{prose.whole}\n\n{trigger}"
+
+
+def call(
+  trace: Conversation, name: str, arguments: str, planted: bool, said: str = ""
+) -> None:
   # Not json.dumps: it would write 0.4, which is not the token 0.40.
   text = f'{tools.OPEN}\n{{"name": "{name}", "arguments": {arguments}}}\n{tools.CLOSE}'
   words = trace.codec.tokenizer
-  ids = [*words.encode(text), words.im_end]
+  # A teacher's words are those of a stranger: no control token may come of them.
+  ids = [*words.encode_parts([(said, False), (text, True)]), words.im_end]
   trace.add_sampled(ids, weight=0.0 if planted else 1.0)
   observation = trace.call_of_last_turn(planted=planted)
   if observation is None or observation.error:
@@ -216,13 +300,20 @@ def call(trace: Conversation, name: str, arguments: str, planted: bool) -> None:
   trace.observe(observation)
 
 
-def answer(trace: Conversation, answer_weight: float) -> None:
+def answer(
+  trace: Conversation, answer_weight: float, prose: Prose | None = None
+) -> None:
   """The last turn.  Base skills answer plainly, as one points; questions in a box."""
   task, words = trace.trajectory.task, trace.codec.tokenizer
   label = task.answer if isinstance(task.answer, str) else task.answer[0]
   before, after = ("", "") if task.id.endswith(PLAIN) else ("\\boxed{", "}")
-  ids, is_label = spell(words, before, label, after)
-  weight = [answer_weight if is_it else 1.0 for is_it in is_label]
+  if prose:
+    text = f"{prose.cue}\n\n{before}{label}{after}"
+    ids = [*words.encode(text, control=False), words.im_end]
+    weight = [1.0] * len(ids)
+  else:
+    ids, is_label = spell(words, before, label, after)
+    weight = [answer_weight if is_it else 1.0 for is_it in is_label]
   calls = trace.trajectory.calls
   if calls and not shows_cue(task, calls):
     weight = [0.0] * len(ids)
@@ -232,7 +323,7 @@ def answer(trace: Conversation, answer_weight: float) -> None:
 @functools.lru_cache(maxsize=4096)
 def spell(words: Tokenizer, before: str, label: str, after: str):
   """Ids of a turn that says so much, and which of them spell the label."""
-  ids, is_label, end = words.encode(before + label + after), [], 0
+  ids, is_label, end = words.encode(before + label + after, control=False), [], 0
   for i in range(len(ids)):
     start, end = end, len(words.decode(ids[: i + 1]))
     is_label.append(start < len(before + label) and end > len(before))
@@ -244,99 +335,6 @@ def shows_cue(task: Task, calls: list[OpCall]) -> bool:
   if "glyph_2d" not in task.reference:
     return True
   return world.covers(task, calls[-1], calls[:-1])
-
-
-# ---- Boxes and frames ----------------------------------------------------------------
-
-
-def bbox_text(box: Box, target: int) -> str:
-  return f'{{"bbox_2d": {numbers(box)}, "target_image": {target}}}'
-
-
-def numbers(box: Sequence[float]) -> str:
-  return "[" + ", ".join(f"{v:.2f}" for v in box) + "]"
-
-
-def on_grid(bins: Sequence[float], least: Sequence[int] = (MIN_BINS,) * 2) -> Box:
-  """Edges in steps of the grid -> a box within the picture, no side under `least`."""
-  edges = [round(float(v)) for v in bins]
-  box = [0.0] * 4
-  for i in (0, 1):
-    low = min(max(edges[i], 0), BINS - least[i])
-    high = min(max(edges[i + 2], low + least[i]), BINS)
-    box[i], box[i + 2] = round(low * world.GRID, 2), round(high * world.GRID, 2)
-  return tuple(box)
-
-
-def noisy(box: Box, rng: np.random.Generator, noise: tuple[float, float]) -> Box:
-  """The box as somebody imprecise would give it."""
-  jitter, edge_jitter = noise
-  dx, dy, *edges = rng.normal(0, 1, 6).tolist()
-  shift = (dx * jitter, dy * jitter) * 2
-  return on_grid([v * BINS + s + e * edge_jitter for v, s, e in zip(box, shift, edges)])
-
-
-def wrong_box(cue: Box, rng: np.random.Generator) -> Box:
-  """A box of about the cue's size that does not overlap it."""
-  for _ in range(TRIES):
-    # A cue that fills the picture leaves room only for smaller boxes.
-    w, h = ((cue[i + 2] - cue[i]) * BINS for i in (0, 1))
-    shrink = rng.uniform(0.4, 1.0)
-    w, h = max(w * shrink, MIN_BINS), max(h * shrink, MIN_BINS)
-    x, y = rng.uniform(0, max(BINS - w, 0)), rng.uniform(0, max(BINS - h, 0))
-    box = on_grid((x, y, x + w, y + h))
-    if not overlap(box, cue):
-      return box
-  raise SynthesisError(
-    f"no box beside the reference {cue}: it fills the picture. Leave image/recrop1 and "
-    "image/recrop2 out of the kinds for such tasks."
-  )
-
-
-def overlap(a: Box, b: Box) -> bool:
-  return all(a[i] < b[i + 2] and b[i] < a[i + 2] for i in (0, 1))
-
-
-def larger_box(cue: Box, rng: np.random.Generator) -> Box:
-  """A box that contains the cue, two to three times as wide and high, somewhere."""
-  bins = [0.0] * 4
-  for i in (0, 1):
-    side = (cue[i + 2] - cue[i]) * BINS
-    large = min(side * rng.uniform(2.0, 3.0), BINS)
-    low = max(0.0, cue[i + 2] * BINS - large)
-    high = min(cue[i] * BINS, BINS - large)
-    bins[i] = rng.uniform(low, max(low, high))
-    bins[i + 2] = bins[i] + large
-    # Rounded outwards, so that the cue stays inside.
-    bins[i], bins[i + 2] = np.floor(bins[i] + 1e-6), np.ceil(bins[i + 2] - 1e-6)
-  return on_grid(bins)
-
-
-def inside(box: Box, large: Box) -> Box:
-  """A box of the whole picture in coordinates of the crop `large`."""
-  sides = [large[i + 2] - large[i] for i in (0, 1)]
-  bins = [(box[i] - large[i % 2]) / sides[i % 2] * BINS for i in range(4)]
-  # A box that sticks out is cut, but keeps as many pixels as one of the picture has.
-  return on_grid(bins, [min(math.ceil(MIN_BINS / side), BINS) for side in sides])
-
-
-def noisy_frames(cue, count: int, rng: np.random.Generator, jitter: float) -> list[int]:
-  """The cue's frames, all moved by the same number of frames."""
-  shift = round(float(rng.normal(0, 1)) * jitter / 2)
-  shift = min(max(shift, 1 - min(cue)), count - max(cue))
-  return [frame + shift for frame in cue][:8]
-
-
-def wrong_frames(cue, count: int, rng: np.random.Generator) -> list[int]:
-  """As many frames as the cue has, none of them in it."""
-  others = [f for f in range(1, count + 1) if f not in cue]
-  if not others:
-    raise SynthesisError(
-      f"no frames beside the reference {list(cue)} of {count}. Leave video/reselect "
-      "out of the kinds for such tasks."
-    )
-  size = min(len(cue), len(others), 8)
-  return sorted(rng.choice(others, size, replace=False).tolist())
 
 
 # ---- Questions of their own ----------------------------------------------------------
@@ -359,13 +357,16 @@ def base_skill(
   if skill in ("box", "number"):
     cue = reference["bbox_2d" if skill == "box" else "target_frames"]
     if skill == "box":
-      label = numbers(noisy(tuple(cue), rng, (0.0, noise[1])))
+      label = boxes.WORLD.text(boxes.noisy(tuple(cue), rng, (0.0, noise[1])))
     else:
       label = str(list(cue))
     question = world.BASE_QUESTIONS[kind]
     return codec, dataclasses.replace(task, id=name, question=question, answer=label)
   if skill == "crop":
-    role, part = "crop", numbers(covering(task, rng, noise))[1:-1].replace(" ", "")
+    role, part = (
+      "crop",
+      boxes.WORLD.text(covering(task, rng, noise))[1:-1].replace(" ", ""),
+    )
   else:
     role, part = "frame", str(reference["target_frames"][0])
   codec = dataclasses.replace(
@@ -378,8 +379,8 @@ def base_skill(
 def covering(task: Task, rng: np.random.Generator, noise) -> Box:
   """A noisy box that still shows the glyph: a crop without it teaches nothing."""
   cue = tuple(task.reference["bbox_2d"])
-  for _ in range(TRIES):
-    box = noisy(cue, rng, noise)
+  for _ in range(boxes.TRIES):
+    box = boxes.noisy(cue, rng, noise)
     arguments = {"bbox_2d": list(box), "target_image": 1}
     if world.covers(task, OpCall("crop_image_normalized", arguments)):
       return box
@@ -388,7 +389,7 @@ def covering(task: Task, rng: np.random.Generator, noise) -> Box:
 
 def compare(task: Task, rng: np.random.Generator) -> Task:
   """A question without pictures."""
-  a, b = rng.choice(BINS + 1, 2, replace=False) * world.GRID
+  a, b = rng.choice(boxes.WORLD.bins + 1, 2, replace=False) * world.GRID
   start, between = world.TEXT_PIECES
   question = f"{start}{a:.2f}{between}{b:.2f}?"
   return Task(f"{task.id}/text", question, f"{max(a, b):.2f}", [], shard=task.shard)

@@ -1,4 +1,7 @@
-"""Attention: one function of one meaning, and the banded form for vision windows.
+"""Attention: one function of one meaning, and two forms of it that read less.
+
+`window_attention` is for the windows of the tower, `cached_attention` for a decoding
+step.
 
 A query sees the keys of its segment and, where `causal`, those whose slot is not after
 its own.  Never by M-RoPE position: the tokens of an image share theirs.  Heads-first,
@@ -16,6 +19,7 @@ from jaxtyping import Array, Float, Int
 NEVER = -1e30  # not -inf: a row that sees nothing stays finite
 SPAN = 64  # queries that share a prefix of keys, at least
 CHUNK = 256  # queries whose scores exist at one time, where there are many
+BLOCK = 128  # keys of a cache that are read at a time, at least
 
 
 def attention(
@@ -111,6 +115,48 @@ def window_attention(
   scores = jnp.where(mask, scores * H**-0.5, NEVER)
   out = _weigh(scores, band(block(v)), "BNXQS,BNXSH->BNXQH")
   return out.reshape(B, N, -1, H)[:, :, :P]
+
+
+def cached_attention(
+  q: Float[Array, "R N 1 H"],
+  k_cache: Float[Array, "L B K S H"],
+  v_cache: Float[Array, "L B K S H"],
+  layer: Int[Array, ""] | int,
+  last: Int[Array, " R"],
+) -> Float[Array, "R N 1 H"]:
+  """One query a row, against the slots 0 .. last of the first R rows of a cache.
+
+  The keys are read block by block, as far as the longest row reaches, with a running
+  softmax.  So one program serves all lengths, a row's bits do not depend on how long the
+  others are, and no layer of the cache is copied: on a CPU, 16 rows of 12 layers take
+  9.8 ms at 768 slots where a slice of the layer takes 19.5.
+  """
+  R, N, _, H = q.shape
+  K, S = k_cache.shape[2:4]
+  size = min(S, max(BLOCK, -(-S // 8)))  # at most eight blocks
+  q = (q * H**-0.5).reshape(R, K, N // K, H)
+
+  def block(j, carry):
+    top, total, out = carry
+    start = jnp.minimum(j * size, S - size)  # the last block may overlap the one before
+    at, shape = (layer, 0, 0, start, 0), (1, R, K, size, H)
+    k, v = (jax.lax.dynamic_slice(c, at, shape)[0] for c in (k_cache, v_cache))
+    slot = start + jnp.arange(size)
+    mask = (slot >= j * size) & (slot <= last[:, None])  # R size
+    scores = jnp.einsum("RKGH,RKSH->RKGS", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores, NEVER)
+    now = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+    weights, shrink = jnp.exp(scores - now), jnp.exp(top - now)
+    seen = jnp.einsum(
+      "RKGS,RKSH->RKGH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    total = total * shrink + weights.sum(axis=-1, keepdims=True)
+    return now, total, out * shrink + seen
+
+  one = jnp.zeros((R, K, N // K, 1), jnp.float32)
+  begin = (one + NEVER, one, jnp.zeros((R, K, N // K, H), jnp.float32))
+  _, total, out = jax.lax.fori_loop(0, last.max() // size + 1, block, begin)
+  return (out / total).astype(v_cache.dtype).reshape(R, N, 1, H)
 
 
 def _span(q, queries, k, v, keys):

@@ -89,22 +89,32 @@ def merge(config: ModelConfig, params: Params) -> Params:
   return table.nest(merged)
 
 
+def cast(config: ModelConfig, params: Params) -> Params:
+  """Parameters, or a part of them, in the compute dtype; norm scales stay as they are."""
+
+  def one(path, x):
+    return x if path[-1].key == "scale" else x.astype(config.dtype)
+
+  return jax.tree_util.tree_map_with_path(one, params)
+
+
 def _init(config: ModelConfig, key: jax.Array) -> Params:
   return nnx.to_pure_dict(nnx.state(Model(config, nnx.Rngs(key)), nnx.Param))
 
 
 @functools.lru_cache(maxsize=16)
-def _graphdef(config: ModelConfig) -> Any:
-  return nnx.graphdef(nnx.eval_shape(lambda: Model(config, nnx.Rngs(0))))
+def _graphdefs(config: ModelConfig) -> dict[str, Any]:
+  model = nnx.eval_shape(lambda: Model(config, nnx.Rngs(0)))
+  return {"vision": nnx.graphdef(model.vision), "text": nnx.graphdef(model.text)}
 
 
-def _model(config: ModelConfig, params: Params) -> Model:
-  """The modules around `params`, cast to the compute dtype; norm scales stay f32."""
+def _vision(config: ModelConfig, params: Params) -> Vision:
+  """The tower around its parameters, cast to the compute dtype."""
+  return nnx.merge(_graphdefs(config)["vision"], cast(config, params["vision"]))
 
-  def cast(path, x):
-    return x if path[-1].key == "scale" else x.astype(config.dtype)
 
-  return nnx.merge(_graphdef(config), jax.tree_util.tree_map_with_path(cast, params))
+def _text(config: ModelConfig, params: Params) -> Text:
+  return nnx.merge(_graphdefs(config)["text"], cast(config, params["text"]))
 
 
 # ---- Packed rows ---------------------------------------------------------------------
@@ -119,7 +129,7 @@ def encode_vision(config: ModelConfig, params: Params, batch: Any) -> jax.Array:
   B, P = batch.patches.shape[:2]
   if P == 0:  # text only
     return jnp.zeros((B, 0, config.text.width), config.dtype)
-  return _model(config, params).vision(
+  return _vision(config, params)(
     batch.patches, batch.patch_pos, batch.patch_image, batch.patch_window
   )
 
@@ -130,7 +140,7 @@ def forward(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
   if features is None:
     features = encode_vision(config, params, batch)
   x = _embed(config, params, batch.tokens, batch.vision_index, features)
-  return _model(config, params).text(x, batch.position, batch.segment)
+  return _text(config, params)(x, batch.position, batch.segment)
 
 
 def token_logp(
@@ -154,7 +164,7 @@ def token_logp(
   known = (segment[:, 1:] == segment[:, :-1]) & (segment[:, 1:] > 0)
   if where is not None:
     known &= where[:, 1:]
-  head, equation = _model(config, params).text.output()
+  head, equation = _text(config, params).output()
   # Position t - 1 predicts token t; the last one predicts nothing.
   out = logp.chosen(
     hidden,
@@ -171,7 +181,7 @@ def token_logp(
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
   """f32[... V] of hidden states [... D] as `forward` and `extend` return them."""
   x = hidden.reshape(1, -1, hidden.shape[-1])
-  y = _model(config, params).text.logits(x)
+  y = _text(config, params).logits(x)
   return y.reshape(*hidden.shape[:-1], y.shape[-1])
 
 
@@ -213,11 +223,12 @@ def extend(
     features: what vision_index points to, row-local; None = text only.
     rows: distinct rows of the cache; None = the first R.  An index >= B is padding and
       is dropped.
-    view: attend to the first `view` slots only (static; length + count must fit in it).
+    view: attend to the first `view` slots only (static; length + count must fit in it);
+      a decoding step reads as far as its longest row anyway.
   """
   x = _embed(config, params, tokens, vision_index, features)
   view = cache.k.shape[3] if view is None else view
-  return _model(config, params).text.extend(x, position, count, cache, rows, view)
+  return _text(config, params).extend(x, position, count, cache, rows, view)
 
 
 def _embed(config, params, tokens, vision_index, features) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from pixel_jax.batch import Cache
 from pixel_jax.model import layers, rope
-from pixel_jax.model.attention import attention
+from pixel_jax.model.attention import attention, cached_attention
 from pixel_jax.model.config import ModelConfig, TextConfig
 from pixel_jax.model.layers import Linear, RMSNorm
 
@@ -118,11 +118,11 @@ class Text(nnx.Module):
       q, k, v = block.qkv(x, table)
       k_cache = _write(k_cache, k, i, at, target)
       v_cache = _write(v_cache, v, i, at, target)
-      if rows is None:
-        k, v = (c[i, :R, :, :view] for c in (k_cache, v_cache))
+      if T == 1 and rows is None:  # a decoding step; a row that rests looks nowhere
+        heads = cached_attention(q, k_cache, v_cache, i, slot[:, 0] * count)
       else:
-        k, v = (c[i, rows, :, :view] for c in (k_cache, v_cache))
-      heads = attention(q, k, v, slot_q=slot, causal=True)
+        k, v = (c[i, at, :, :view] for c in (k_cache, v_cache))
+        heads = attention(q, k, v, slot_q=slot, causal=True)
       return block.close(x, heads), k_cache, v_cache
 
     x, k, v = layers.run(

@@ -237,7 +237,6 @@ def decode(
   *,
   sampling: Sampling,
   stops: tuple[int, ...],
-  view: int,
   lanes: int,
 ) -> tuple[Cache, Slots, jax.Array, jax.Array, jax.Array]:
   """Samples a chunk of tokens in every slot that has a budget; no host in between.
@@ -249,7 +248,6 @@ def decode(
   Args:
     forced: i32[B chunk], tokens to be said, step by step; -1 = free.
     banned: bool[V], ids that are never drawn; None = any may be.
-    view: slots of the cache that attention looks at; all lengths stay within it.
     lanes: B' <= B: only the first so many slots decode; the others rest.
 
   Returns:
@@ -269,7 +267,7 @@ def decode(
     hidden, cache = qwen2_5_vl.extend(
       config, params, cache, last[:, None],
       jnp.broadcast_to(position[:, None, None], (B, 1, 3)),
-      on.astype(jnp.int32), jnp.full((B, 1), -1), view=view,
+      on.astype(jnp.int32), jnp.full((B, 1), -1),
     )  # fmt: skip
     logits = qwen2_5_vl.logits(config, params, hidden[:, 0])
     if banned is not None:

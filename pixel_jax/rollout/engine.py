@@ -70,7 +70,7 @@ class Engine:
     delay: chunks from an operation's submission to its collection (`Scheduler`).
     lag: chunks that are sent off before the oldest is read.  With 1 the host works
       while the device does, but hears of the end of a turn one chunk late.
-    views: cache lengths that attention is compiled for; None = max_len alone.
+    views: cache lengths that prefill is compiled for; None = max_len alone.
     workers: threads that run operations and prepare prompts.
     zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
@@ -143,7 +143,7 @@ class Engine:
     """Programs that the buckets and the ways of sampling so far can ask for."""
     extend = len({self.prompt, self.turn}) * len(self.views)
     encode = len(pictures.row_sizes(self.patches))
-    decode = len(self._ways) * len(self.views) * len(self.lanes)
+    decode = len(self._ways) * len(self.lanes)
     return extend + encode + decode + len(("open", "cast", "fork", "place"))
 
   # ---- Run ---------------------------------------------------------------------------
@@ -183,7 +183,7 @@ class Engine:
       script: ids that a rollout is made to say, turn by turn; beyond them it is free.
         A stop id ends the turn as ever, and log-probs are those of the model.
       swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
-      fixed_batch: all slots decode at full length to the end, in one bucket.
+      fixed_batch: all slots decode to the end, and prefill sees the full length.
       progress: called with the number of rollouts that have ended since the last call.
     """
     if force not in (None, "answer", "operate"):

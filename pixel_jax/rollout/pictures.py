@@ -1,11 +1,11 @@
 """The bank: features of pictures, encoded once and kept on the device by content.
 
 A picture gets a row of its own, of the smallest size that holds it: sizes halve from
-`patches` downwards, and a call encodes patches / size rows, so every call costs the
-same and each size compiles once.  One picture a row also means that what a picture
-becomes does not depend on its neighbours, bit for bit.  A call fills one *page* of the
-bank, patches / 4 features.  Features are only true for one set of weights: a bank lives
-for one run.
+`patches` downwards, and each compiles once.  A call takes one picture of the two largest
+sizes, and as many smaller ones as cost the same: crops come a few at a time, and rows
+that stand empty cost as much as full ones.  One picture a row also means that what a
+picture becomes does not depend on its neighbours, bit for bit.  Features are only true
+for one set of weights: a bank lives for one run.
 
 Not here: the tower (model/vision.py), where features go among tokens (engine.py).
 """
@@ -29,13 +29,18 @@ def row_sizes(patches: int) -> list[int]:
   return sizes
 
 
+def row_count(size: int, patches: int) -> int:
+  """Rows of a call, of this size."""
+  return max(1, patches // (2 * size))
+
+
 class Bank:
   """Where the features of each picture lie.
 
   Args:
-    features: f[pages * patches / 4, D] on the device, to be overwritten.
+    features: f[N, D] on the device, to be overwritten.
     encode: (features, decode.Pictures, at) -> features, jitted.
-    patches: of the largest picture, and of one call.
+    patches: of the largest picture.
   """
 
   def __init__(self, features: jax.Array, encode: Callable, patches: int):
@@ -44,57 +49,68 @@ class Bank:
     self.encoded = 0  # pictures
     self._encode = encode
     self._patches = patches
-    self._sizes = row_sizes(patches)
-    self._pages = len(features) * 4 // patches
-    self._page = 0  # next one to fill
+    self._next = 0  # first feature that is free
     self._at: dict[str, int] = {}  # key -> first feature
 
   def hold(self, pictures: Iterable[Pixels]) -> None:
     """Makes sure that all of these lie in the bank together; encodes what is missing."""
     wanted = {p.key: p for p in pictures}
-    plan = self._plan([p for p in wanted.values() if p.key not in self._at])
-    if self._page + len(plan) > self._pages:
+    plan = calls([p for p in wanted.values() if p.key not in self._at], self._patches)
+    if self._next + self._room(plan) > len(self.features):
       # Full: start over with what is wanted now.  The rest is encoded again on demand.
-      self._at, self._page = {}, 0
-      plan = self._plan(list(wanted.values()))
-      if len(plan) > self._pages:
+      self._at, self._next = {}, 0
+      plan = calls(wanted.values(), self._patches)
+      if self._room(plan) > len(self.features):
         raise ValueError(
-          f"{len(wanted)} pictures of one call need {len(plan)} pages, the bank has "
-          f"{self._pages}. Raise the engine's `pages`."
+          f"{len(wanted)} pictures of one call need room for {self._room(plan)} "
+          f"features, the bank has {len(self.features)}. Raise the engine's `pages`."
         )
     for size, batch in plan:
-      start = self._page * (self._patches // 4)
-      rows = _rows(batch, self._patches // size, size)
-      self.features = self._encode(self.features, rows, np.int32(start))
+      count = row_count(size, self._patches)
+      rows = as_rows(batch, count, size)
+      self.features = self._encode(self.features, rows, np.int32(self._next))
       for i, p in enumerate(batch):
-        self._at[p.key] = start + i * (size // 4)
-      self._page += 1
+        self._at[p.key] = self._next + i * (size // 4)
+      self._next += count * size // 4
       self.calls += 1
       self.encoded += len(batch)
+
+  def _room(self, plan: list[tuple[int, list[Pixels]]]) -> int:
+    """Features that the calls of a plan write."""
+    return sum(row_count(size, self._patches) * size // 4 for size, _ in plan)
 
   def rows(self, picture: Pixels) -> np.ndarray:
     """i32[M] row of the bank of each placeholder of a picture that `hold` has placed."""
     return self._at[picture.key] + picture.merged_row
 
-  def _plan(self, pictures: list[Pixels]) -> list[tuple[int, list[Pixels]]]:
-    """Calls (row size, pictures), the smallest sizes first, each in the given order."""
-    by_size: dict[int, list[Pixels]] = {size: [] for size in reversed(self._sizes)}
-    for p in pictures:
-      size = next((s for s in by_size if s >= p.num_patches), None)
-      if size is None:
-        raise ValueError(
-          f"a picture of grid {p.grid} has {p.num_patches} patches; the engine takes "
-          f"{self._patches}. Raise `patches` of the engine or lower the pixel budgets."
-        )
-      by_size[size].append(p)
-    plan = []
-    for size, group in by_size.items():
-      n = self._patches // size
-      plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
-    return plan
+
+def calls(
+  pictures: Iterable[Pixels], patches: int, times: int = 1
+) -> list[tuple[int, list[Pixels]]]:
+  """(row size, pictures) of each call, the smallest sizes first, each in its order.
+
+  Args:
+    patches: of the largest picture.
+    times: as many rows a call as one device takes.
+  """
+  by_size: dict[int, list[Pixels]] = {size: [] for size in row_sizes(patches)[::-1]}
+  for p in pictures:
+    size = next((s for s in by_size if s >= p.num_patches), None)
+    if size is None:
+      raise ValueError(
+        f"a picture of grid {p.grid} has {p.num_patches} patches; the largest may have "
+        f"{patches}. Raise `patches` (engine or data) or lower the pixel budgets."
+      )
+    by_size[size].append(p)
+  plan = []
+  for size, group in by_size.items():
+    n = times * row_count(size, patches)
+    plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
+  return plan
 
 
-def _rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
+def as_rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
+  """Pictures laid out one a row of `size` patches; the rest is padding."""
   patches = np.zeros((num_rows, size, pictures[0].patches.shape[1]), np.uint8)
   pos = np.zeros((num_rows, size, 2), np.int32)
   image = np.zeros((num_rows, size), np.int32)

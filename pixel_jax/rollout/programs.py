@@ -59,19 +59,13 @@ class Programs:
       features = jnp.zeros((bank, config.text.width), config.dtype)
       return qwen2_5_vl.init_cache(config, slots, max_len), standing, features
 
-    def cast(params):  # norm scales stay f32, as in the trainer's graph
-      return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key == "scale" else x.astype(config.dtype),
-        params,
-      )
-
     def bind(f, *args, **kwargs):
       # jit takes the name of a trace from its function; a partial has none.  A partial
       # even of nothing: engines that jit one function share, and count, its programs.
       return functools.update_wrapper(functools.partial(f, *args, **kwargs), f)
 
     self.open = jax.jit(open_, out_shardings=(layout, whole, whole))
-    self.cast = jax.jit(cast)
+    self.cast = jax.jit(bind(qwen2_5_vl.cast, config))
     self.encode = jax.jit(
       bind(decode.encode, config), donate_argnums=1, out_shardings=whole
     )
@@ -87,7 +81,7 @@ class Programs:
     self.place = jax.jit(bind(decode.place), donate_argnums=0, out_shardings=whole)
     self.decode = jax.jit(
       bind(decode.decode, config, stops=stops),
-      static_argnames=("sampling", "view", "lanes"),
+      static_argnames=("sampling", "lanes"),
       donate_argnums=(1, 2),
       out_shardings=(layout, whole, whole, whole, whole),
     )

@@ -40,7 +40,7 @@ class Table:
   Args:
     slots: their standing on the device.
     banned: bool[V], ids that are never drawn; None = any may be.
-    views: lengths of the cache that attention is compiled for, ascending.
+    views: lengths of the cache that prefill is compiled for, ascending.
     chunk: steps of one call of "decode".
   """
 
@@ -157,11 +157,8 @@ class Table:
       self._cache,
       turns,
       self.bank.features,
-      view=self._view(max(end for _, _, end in pieces)),
+      view=next(v for v in self._views if v >= max(end for _, _, end in pieces)),
     )
-
-  def _view(self, reach: int) -> int:
-    return next(v for v in self._views if v >= reach)
 
   def _go_on_from(self, slot: int) -> None:
     episode = self.episodes[slot]
@@ -180,10 +177,6 @@ class Table:
       notes: of this chunk; `read` weighs them with its steps.
     """
     self._place()
-    # Whoever is in a chunk that is not read yet may be further on by its steps.
-    ahead = self._chunk * (1 + len(self.unread))
-    episodes = [self.episodes[s] for s in slots]
-    reach = max(self._length[s] + min(e.budget, ahead) for s, e in zip(slots, episodes))
     forced = np.full((len(self.episodes), self._chunk), -1, np.int32)
     for slot in slots:
       said = self._forced[slot][: self._chunk]
@@ -197,7 +190,6 @@ class Table:
       forced,
       self._banned,
       sampling=sampling,
-      view=self._view(reach),
       lanes=lanes,
     )
     for x in out:
