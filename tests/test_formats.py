@@ -178,7 +178,6 @@ def test_a_fixture_comes_back_as_its_own_reader_says(layout, tmp_path):
     source[12]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", [*layouts.TRACES, *layouts.QUESTIONS])
 def test_a_thousand_records_come_back(layout, tmp_path):
   uri = layout(tmp_path, MANY)
@@ -433,3 +432,21 @@ def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path_factory):
   assert np.isfinite([line["loss"], line["eval/loss"]]).all()
   assert line["data/bad_records"] == line["data/left_out"] == 0
   assert 0 < line["data/utilisation"] <= 1 and 0 < line["data/patch_utilisation"] <= 1
+
+
+@pytest.mark.slow
+def test_sft_of_a_mixture_with_weights_and_a_filter(sft, tmp_path_factory):
+  from pixel_jax import train_sft
+
+  root = tmp_path_factory.mktemp("data")
+  config = ml_collections.ConfigDict(sft.to_dict())
+  config.data.root = str(root)
+  uri = layouts.mini_o3(root, 4)
+  config.data.update(uri=f"{uri},world:train/image", weights=(0.5, 0.5))
+  config.data.filter.max_pixels = 252 * 252 - 1  # the world's pictures have one more
+  config.eval.uri = uri
+  workdir = tmp_path_factory.getbasetemp() / "runs" / "mixture"
+  train_sft.main(config, workdir)
+  (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  assert line["data/records"] == 8 and line["data/left_out"] > 0
+  assert line["data/bad_records"] == 0

@@ -191,9 +191,9 @@ class _Spans:
     self._spans = spans  # i64[n 2]
     self._file = os.open(path, os.O_RDONLY)
 
-  def __del__(self):
+  def __del__(self, close=os.close):  # when the interpreter ends, `os` is gone first
     if hasattr(self, "_file"):
-      os.close(self._file)
+      close(self._file)
 
   def __len__(self) -> int:
     return len(self._spans)
