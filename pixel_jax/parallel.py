@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,10 +89,11 @@ def _is_many(env: Mapping[str, str]) -> bool:
   return slurm or mpi or tpu or slices or env.get("PIXEL_JAX_DISTRIBUTED") == "auto"
 
 
-def devices() -> list[jax.Device]:
-  """The device list of the run: slice by slice, host by host."""
+def devices(among: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+  """The device list of the run, or of `among`: slice by slice, host by host."""
   return sorted(
-    jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
+    jax.devices() if among is None else among,
+    key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id),
   )
 
 
@@ -154,13 +155,22 @@ def _gather(data: bytes) -> list[bytes]:
 # ---- Meshes --------------------------------------------------------------------------
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  *,
+  among: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """The train mesh over ("data", "fsdp", "tensor"); one size may be -1 (what is left).
 
   Fewer devices than there are is allowed in a single process (the tiny model).
+
+  Args:
+    among: devices to compile for, which need not exist; None = those of this run.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  everything = devices()
+  everything = devices(among)
   free = [k for k, v in sizes.items() if v == -1]
   if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
     raise ValueError(f"mesh {sizes}: sizes are positive, and at most one is -1")
@@ -196,6 +206,11 @@ def _mesh(
   # annotations all over the model (oracles.md 4).
   grid = np.array(flat, dtype=object).reshape(shape)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def on(mesh: Mesh):
+  """A context inside jit: kernels, which XLA cannot cut, are cut along this mesh."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 # ---- Layouts -------------------------------------------------------------------------
