@@ -60,10 +60,7 @@ def main(config, workdir):
     "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
-  # What goes in comes out in the same place, so that each program compiles once.
-  layout = jax.tree.map(lambda x: x.sharding, state)
-
-  update, heldout = programs(config, policy.config, tx, schedule, layout)
+  update, heldout = programs(config, policy.config, tx, schedule, state)
 
   # ---- Resume ------------------------------------------------------------------------
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
@@ -99,16 +96,17 @@ def main(config, workdir):
   print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
-def programs(config, model, tx, schedule, layout):
+def programs(config, model, tx, schedule, state):
   """(update, heldout), jitted: what the loop runs and tools/compile_check.py compiles.
 
   Args:
     model: the ModelConfig.
-    layout: shardings of the state; with those of real or abstract rows they say where
-      everything lies.
+    state: real, or abstract with shardings.
   """
   freeze = start.frozen(config)
-  mesh = layout["step"].mesh
+  mesh = state["step"].sharding.mesh
+  # What goes in comes out in the same place, so that each program compiles once.
+  layout = jax.tree.map(lambda x: x.sharding, state)
 
   def loss_fn(trained, frozen, batch, tokens):
     params = optim.merge(trained, frozen)

@@ -5,9 +5,6 @@ build for their loops, lowered for devices that need not exist.  Main value: `Pr
 """
 
 import dataclasses
-import functools
-import pathlib
-import tempfile
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pixel_jax import optim, parallel, start, train_sft
+from pixel_jax import optim, parallel, start, train_rl, train_sft
 from pixel_jax.batch import Batch
 from pixel_jax.data import pack
 from pixel_jax.model import config as model_config
@@ -28,7 +25,7 @@ from pixel_jax.model import lora, qwen2_5_vl, table
 class Program:
   """One compiled program of a run.
 
-  name: such as "update" or "decode 128 x 4096"; phase: "train", "sync" or "rollout".
+  name: such as "update" or "decode 128 to 4096"; phase: "train", "sync" or "rollout".
   lower: traces it for the devices of the topology.
   cost: what it has to do on one device, by formula.
   resident: bytes that a device holds meanwhile beside the arguments.
@@ -53,12 +50,24 @@ class Run:
   state: dict  # of ShapeDtypeStructs that know where they lie
 
   @property
-  def layout(self) -> dict:
-    return jax.tree.map(lambda x: x.sharding, self.state)
-
-  @property
   def trained(self) -> dict:
     return optim.split(self.state["params"], start.frozen(self.config))[0]
+
+  def cost(self, num_rows: int, tokens: int, patches: int, **more) -> compile_cost.Cost:
+    """Of rows of this shape through the model, forward and backward."""
+    cut = self.model.vision.patch**2
+    return compile_cost.train(
+      self.model,
+      devices=self.mesh.size,
+      tensor=self.mesh.shape["tensor"],
+      sizes=sizes(self.state["params"]),
+      trained=sizes(self.trained),
+      rows=num_rows,
+      tokens=tokens,
+      patches=patches,
+      largest=max(most for _, most in self.config.codec.budgets.values()) // cut,
+      **more,
+    )
 
 
 def open_run(config: Any, devices: list[jax.Device]) -> Run:
@@ -103,6 +112,11 @@ def rows(mesh: jax.sharding.Mesh, num_rows: int, tokens: int, patches: int) -> B
   )
 
 
+def sizes(params: dict) -> dict[str, int]:
+  """Numbers by path."""
+  return {path: int(np.prod(x.shape)) for path, x in table.unnest(params).items()}
+
+
 def device_bytes(tree: Any) -> int:
   """Bytes of one device's part of a tree of arrays that know where they lie."""
   return sum(
@@ -111,22 +125,49 @@ def device_bytes(tree: Any) -> int:
   )
 
 
-def of(config: Any, devices: list[jax.Device]) -> Iterator[Program]:
-  """All programs of the run that `config` describes."""
-  run = open_run(config, devices)
-  return sft(run)
+def programs(run: Run) -> Iterator[Program]:
+  """Of the train step; those of a rollout are in `compile_engine`."""
+  config = run.config
+  if "rl" not in config:
+    return sft(run)
+  hosts = len({d.process_index for d in run.mesh.devices.flat})
+  return rl(run, config.rl.rows * hosts)
 
 
 def sft(run: Run) -> Iterator[Program]:
   c, data = run.config, run.config.data
   limits = data.tokens, data.patches
   start.call("data", pack.check_limits, *limits)
-  start.call("micro_batches", parallel.check_rows, run.mesh, data.rows // c.micro_batches)
-  update, heldout = train_sft.programs(c, run.model, run.tx, run.schedule, run.layout)
+  parts = c.micro_batches
+  start.call("micro_batches", parallel.check_rows, run.mesh, data.rows // parts)
+  update, _ = train_sft.programs(c, run.model, run.tx, run.schedule, run.state)
   batch = rows(run.mesh, data.rows, *limits)
-  yield Program(
-    "update",
-    "train",
-    lambda: update.lower(run.state, batch),
-    compile_cost.train(run, data.rows, *limits, parts=c.micro_batches),
+  cost = run.cost(data.rows, *limits, parts=parts)
+  yield Program("update", "train", lambda: update.lower(run.state, batch), cost)
+
+
+def rl(run: Run, num_rows: int) -> Iterator[Program]:
+  """The optimizer step and the log-probs; `num_rows` of one micro-batch on all hosts."""
+  c = run.config
+  limits = c.rl.tokens, c.rl.patches
+  start.call("rl", pack.check_limits, *limits)
+  start.call("rl", parallel.check_rows, run.mesh, num_rows)
+  _, accumulate, apply, old_logp = train_rl.programs(
+    c, run.model, run.tx, run.schedule, run.state
   )
+  batch = rows(run.mesh, num_rows, *limits)
+  params, opt = run.state["params"], device_bytes(run.state["opt"])
+  forward = run.cost(num_rows, *limits, backward=False)
+  yield Program("logp", "train", lambda: old_logp.lower(params, batch), forward, opt)
+  batch = batch.replace(logp_old=batch.logp_sampler)
+  step = run.cost(num_rows, *limits)
+  tokens = np.float32(1)
+  yield Program(
+    "gradient",
+    "train",
+    lambda: accumulate.lower(run.trained, params, batch, tokens),
+    step,
+    opt,
+  )
+  cost = compile_cost.apply(run.mesh.size, sizes(run.trained))
+  yield Program("apply", "train", lambda: apply.lower(run.state, run.trained), cost)

@@ -33,7 +33,7 @@ def splash(
   XLA cannot cut a kernel, so under a mesh (`parallel.on`) each device runs it on its
   own rows, and on its own heads where "tensor" divides those of the keys.
   """
-  B, N, T, H = q.shape
+  B, _, T, H = q.shape
   K, S = k.shape[1:3]
   if causal and T != S:
     raise ValueError(f"causal splash needs as many queries as keys, not {T} and {S}.")
