@@ -231,13 +231,16 @@ def map_rows(function: Callable, *rows: jax.Array, whole: Any) -> Any:
   `function` reads it.  The mesh is that of `on`; without one nothing is mapped.  Axes
   other than those of the rows stay XLA's.
   """
-  if jax.sharding.get_abstract_mesh().empty:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
     return function(*rows, whole)
+  # An axis of one device comes along: XLA on CPUs dies of a sum in bf16 otherwise.
+  mapped = {a for a, size in mesh.shape.items() if a in ROWS[0] or size == 1}
   return jax.shard_map(
     function,
     in_specs=(*[ROWS] * len(rows), PartitionSpec()),
     out_specs=ROWS,
-    axis_names=set(ROWS[0]),
+    axis_names=mapped,
     check_vma=False,
   )(*rows, whole)
 

@@ -83,11 +83,6 @@ def main(config):
       known = ", ".join(p.name for p in found)
       raise start.ConfigError(f"--programs={PROGRAMS.value}: none of {known}")
     found = chosen
-  rows = []
-  with tqdm(found, file=sys.stderr, disable=None) as bar:
-    for p in bar:
-      bar.set_description(p.name)
-      rows.append(check(p, chip, config, run))
   report = {
     "command": " ".join(["python", *sys.argv]),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -101,9 +96,17 @@ def main(config):
     "mesh": dict(run.mesh.shape),
     "hbm_bytes": int(chip.hbm),
     "config": json.loads(config.to_json_best_effort()),
-    "programs": rows,
   }
-  show(report)
+  show_head(report)
+  rows = report["programs"] = []
+  with tqdm(found, disable=None) as bar:
+    for p in bar:
+      bar.set_description(p.name)
+      rows.append(check(p, chip, config, run))
+      show(rows[-1])
+  for row in rows:
+    if not row["fits"]:
+      print(f"{row['name']} does not fit: {row['remedy']}")
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
     print(f"in {JSON.value}: all figures")
@@ -252,13 +255,12 @@ def version(package: str) -> str | None:
     return None
 
 
-def show(report: dict) -> None:
-  gib = compile_cost.GIB
+def show_head(report: dict) -> None:
   print(
     f"{report['topology']}"
     + f" x {report['slices']} slices" * (report["slices"] > 1)
     + f" ({report['accelerator']}): {report['chips']} chips, {report['devices']} devices "
-    f"of {report['hbm_bytes'] / gib:.2f} GiB, mesh {report['mesh']}, "
+    f"of {report['hbm_bytes'] / compile_cost.GIB:.2f} GiB, mesh {report['mesh']}, "
     + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
   )
   head = (
@@ -272,23 +274,23 @@ def show(report: dict) -> None:
     "MFU",
   )
   print("{:24} {:>9} {:>7} {:>8} {:>9} {:>10} {:>7} {:>7}".format(*head))
-  for row in report["programs"]:
-    print(
-      f"{row['name']:24} {row['peak_bytes'] / gib:9.2f} {row['share']:7.1%} "
-      f"{row['compile_s']:6.0f} s {row['links_bytes'] / 1e9:9.2f} "
-      f"{row['roofline_s'] * 1e3:7.1f} ms {row['bound']:>7} {row['mfu_ceiling']:7.1%}"
-      + "  does not fit"
-      * (not row["fits"])
-    )
-    for c in row.get("collectives", ()):
-      if c["in_loop"]:
-        print(
-          f"  in loops: {c['count']:5} {c['kind']} of {c['dtype']}, "
-          f"{c['bytes'] / 1e9:.2f} GB"
-        )
-  for row in report["programs"]:
-    if not row["fits"]:
-      print(f"{row['name']} does not fit: {row['remedy']}")
+
+
+def show(row: dict) -> None:
+  print(
+    f"{row['name']:24} {row['peak_bytes'] / compile_cost.GIB:9.2f} {row['share']:7.1%} "
+    f"{row['compile_s']:6.0f} s {row['links_bytes'] / 1e9:9.2f} "
+    f"{row['roofline_s'] * 1e3:7.1f} ms {row['bound']:>7} {row['mfu_ceiling']:7.1%}"
+    + "  does not fit"
+    * (not row["fits"]),
+    flush=True,
+  )
+  for c in row.get("collectives", ()):
+    if c["in_loop"]:
+      print(
+        f"  in loops: {c['count']:5} {c['kind']} of {c['dtype']}, "
+        f"{c['bytes'] / 1e9:.2f} GB"
+      )
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def train(
   tokens: int,
   patches: int,
   largest: int,
-  parts: int,
+  parts: int = 1,
   backward: bool = True,
 ) -> Cost:
   """Full rows of one segment each, every token scored, pictures of the largest size.
