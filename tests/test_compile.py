@@ -66,7 +66,7 @@ def test_every_program_of_a_run_is_found():
   sizes = len(compile_engine.pictures.row_sizes(e.patches))
   once = {"cast", "open", "fork", "place"}
   assert once <= set(names)
-  assert len(names) == len(once) + sizes + 2 * views + lanes * views  # Engine.declared
+  assert len(names) == len(once) + sizes + 2 * views + lanes  # Engine.declared
   for kind in ("vision", "prompt", "turn", "decode", "fork", "place", "open", "cast"):
     next(p for p in rollout if p.name.startswith(kind)).lower()
   for p in train:
