@@ -32,12 +32,14 @@ def model(size):
   """Keyword arguments of `start.model_config`: the size and how it is computed."""
   if size == "tiny":  # two layers run faster unrolled on a CPU; nothing to save memory
     return dict(
-      name="tiny", dtype="float32", remat="none", scan_layers=False, logp_chunk=65536
-    )
+      name="tiny", dtype="float32", remat="none", scan_layers=False, logp_chunk=65536,
+      attention="xla",
+    )  # fmt: skip
   # Logits of 65536 tokens of the whole batch at a time: 512 of each of 128 rows.
   return dict(
-    name=size, dtype="bfloat16", remat="full", scan_layers=True, logp_chunk=65536
-  )
+    name=size, dtype="bfloat16", remat="full", scan_layers=True, logp_chunk=65536,
+    attention="xla",  # "splash" on TPUs, "cudnn" on GPUs
+  )  # fmt: skip
 
 
 def codec(size):

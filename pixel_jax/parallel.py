@@ -16,7 +16,7 @@ import json
 import logging
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,10 +89,11 @@ def _is_many(env: Mapping[str, str]) -> bool:
   return slurm or mpi or tpu or slices or env.get("PIXEL_JAX_DISTRIBUTED") == "auto"
 
 
-def devices() -> list[jax.Device]:
-  """The device list of the run: slice by slice, host by host."""
+def devices(among: Sequence[jax.Device] | None = None) -> list[jax.Device]:
+  """The device list of the run, or of `among`: slice by slice, host by host."""
   return sorted(
-    jax.devices(), key=lambda d: (getattr(d, "slice_index", 0), d.process_index, d.id)
+    jax.devices() if among is None else among,
+    key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id),
   )
 
 
@@ -154,13 +155,22 @@ def _gather(data: bytes) -> list[bytes]:
 # ---- Meshes --------------------------------------------------------------------------
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  data: int = -1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  *,
+  among: Sequence[jax.Device] | None = None,
+) -> Mesh:
   """The train mesh over ("data", "fsdp", "tensor"); one size may be -1 (what is left).
 
   Fewer devices than there are is allowed in a single process (the tiny model).
+
+  Args:
+    among: devices to compile for, which need not exist; None = those of this run.
   """
   sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-  everything = devices()
+  everything = devices(among)
   free = [k for k, v in sizes.items() if v == -1]
   if len(free) > 1 or any(v < 1 and v != -1 for v in sizes.values()):
     raise ValueError(f"mesh {sizes}: sizes are positive, and at most one is -1")
@@ -196,6 +206,49 @@ def _mesh(
   # annotations all over the model (oracles.md 4).
   grid = np.array(flat, dtype=object).reshape(shape)
   return Mesh(grid, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def on(mesh: Mesh):
+  """A context inside jit: what follows it may be told where rows lie (`by_rows`)."""
+  return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def by_rows(x: jax.Array) -> jax.Array:
+  """Keeps x [B ..] with the devices of its rows, where `on` names a mesh.
+
+  Left alone XLA may follow the weights instead: it cut the width of the vision tower
+  and gave every device all rows (55 GiB for the 7B on v5p:4x4x4).
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return x
+  return jax.lax.with_sharding_constraint(x, ROWS)
+
+
+def map_rows(function: Callable, *rows: jax.Array, whole: Any) -> Any:
+  """function(*rows, whole), each device on its own rows and all of `whole`.
+
+  `whole` is gathered once and its gradient added up once, however often a loop of
+  `function` reads it.  The mesh is that of `on`; without one nothing is mapped.  Axes
+  other than those of the rows stay XLA's.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return function(*rows, whole)
+  # An axis of one device comes along: XLA on CPUs dies of a sum in bf16 otherwise.
+  mapped = {a for a, size in mesh.shape.items() if a in ROWS[0] or size == 1}
+  return jax.shard_map(
+    function,
+    in_specs=(*[ROWS] * len(rows), PartitionSpec()),
+    out_specs=ROWS,
+    axis_names=mapped,
+    check_vma=False,
+  )(*rows, whole)
+
+
+def row_groups() -> int:
+  """How many groups of devices hold rows of their own, on the mesh of `on`."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return 1 if mesh.empty else math.prod(mesh.shape[a] for a in ROWS[0])
 
 
 # ---- Layouts -------------------------------------------------------------------------
@@ -349,9 +402,7 @@ def to_engines(
       params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
     ]
   mesh = engine_mesh(leaf.sharding.mesh, tensor)
-  if logical_axes is None:  # whole weights on every engine
-    logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
-  params = _reshard(mesh, logical_axes, params, dtype)
+  params = resharder(mesh, params, logical_axes, dtype)(params)
   mine = [row for row in mesh.devices if row[0].process_index == jax.process_index()]
   return [_local(params, list(row)) for row in mine]
 
@@ -361,10 +412,16 @@ def engine_params(params: dict) -> dict:
   return to_engines(params)[0]
 
 
-def _reshard(mesh, logical_axes, params, dtype):
+def resharder(mesh: Mesh, params: dict, logical_axes: dict | None = None, dtype=None):
+  """The jitted program of `to_engines`: params, real or abstract -> laid out on `mesh`.
+
+  Without logical_axes every engine gets whole weights.
+  """
+  if logical_axes is None:
+    logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
   target = shardings(mesh, logical_axes, params)
   flat, tree = jax.tree.flatten(target)
-  return _resharder(tuple(flat), tree, dtype)(params)
+  return _resharder(tuple(flat), tree, dtype)
 
 
 @functools.lru_cache(maxsize=8)  # one program per layout, not one trace per sync
@@ -377,13 +434,17 @@ def _resharder(flat, tree, dtype):
   return jax.jit(move, out_shardings=jax.tree.unflatten(tree, flat))
 
 
-def _local(params: dict, group: list[jax.Device]) -> dict:
+def local_sharding(x: Any, group: list[jax.Device]) -> NamedSharding:
+  """Where one engine, a tensor group, has its part of x, laid out by `resharder`."""
   mesh = _mesh(group, (len(group),), ("tensor",))
+  entries = (e if e == "tensor" else None for e in x.sharding.spec)
+  return NamedSharding(mesh, PartitionSpec(*entries))
 
+
+def _local(params: dict, group: list[jax.Device]) -> dict:
   def take(x):
     shards = {s.device: s.data for s in x.addressable_shards}
-    entries = (e if e == "tensor" else None for e in x.sharding.spec)
-    sharding = NamedSharding(mesh, PartitionSpec(*entries))
+    sharding = local_sharding(x, group)
     parts = [shards[d] for d in group]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 

@@ -35,15 +35,20 @@ class ConfigError(ValueError):
   """A mistake in the config or the command, told in one line."""
 
 
-def run(main) -> None:
-  """Runs `main(config, workdir)`; a wrong flag is one line on stderr and exit code 2."""
+def run(main, needs_workdir: bool = True) -> None:
+  """Runs `main(config, workdir)`; a wrong flag is one line on stderr and exit code 2.
+
+  Without `needs_workdir` it is `main(config)`.
+  """
 
   def parse(argv):
     try:
       argv = flags.FLAGS(argv)
-      if not WORKDIR.value or CONFIG.value is None:
+      if CONFIG.value is None or (needs_workdir and not WORKDIR.value):
+        both = "both are" if needs_workdir else "it is"
         raise ConfigError(
-          "both are needed: --config=configs/NAME.py:SIZE --workdir=DIR"
+          f"{both} needed: --config=configs/NAME.py:SIZE"
+          + " --workdir=DIR" * needs_workdir
         )
       CONFIG.value.to_dict()  # a file that did not load says so when it is used
       return argv
@@ -59,7 +64,10 @@ def run(main) -> None:
       )
     logging.set_verbosity(logging.WARNING)
     try:
-      main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
+      if needs_workdir:
+        main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
+      else:
+        main(CONFIG.value)
     except (
       ConfigError,
       checkpoint.CheckpointError,

@@ -68,51 +68,11 @@ def main(config, workdir):
   }
   # The engine's weights: adapters merged once per sync cost nothing per token.
   whole = functools.partial(qwen2_5_vl.merge, policy.config)
-  # What goes in comes out in the same place, so that each program compiles once.
-  layout = jax.tree.map(lambda x: x.sharding, state)
 
   # ---- Update ------------------------------------------------------------------------
-  def token_logp(params, batch):
-    return qwen2_5_vl.token_logp(
-      policy.config, params, batch, config.rollout.temperature, batch.weight > 0
-    )
-
-  def loss_fn(trained, frozen, batch, tokens):
-    logp, entropy = token_logp(optim.merge(trained, frozen), batch)
-    old = jax.lax.stop_gradient(logp if batch.logp_old is None else batch.logp_old)
-    loss, m = grpo.loss(
-      logp, old, batch.advantage, batch.weight, normalizer=tokens,
-      logp_sampler=batch.logp_sampler, **config.loss,
-    )  # fmt: skip
-    # Of the policy that sampled: a later minibatch has moved away from it.
-    m |= grpo.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
-    m["policy/entropy"] = entropy.sum() / tokens
-    return loss, (m | {"loss": loss}, flops.work(batch))
-
-  lie = optim.split(layout["params"], freeze)[0]
-
-  @functools.partial(jax.jit, out_shardings=lie)
-  def zeros():
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trained)
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(lie, None))
-  def accumulate(total, params, batch, tokens):
-    parts = optim.split(params, freeze)
-    grads, told = jax.grad(loss_fn, has_aux=True)(*parts, batch, tokens)
-    return jax.tree.map(jnp.add, total, grads), told
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
-  def apply(state, grads):
-    trained, frozen = optim.split(state["params"], freeze)
-    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
-    m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
-    params = optim.merge(trained, frozen)
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
-
-  @jax.jit
-  def old_logp(params, batch):
-    return token_logp(params, batch)[0]
-
+  zeros, accumulate, apply, old_logp = programs(
+    config, policy.config, tx, schedule, state
+  )
   limits = dict(T=config.rl.tokens, P=config.rl.patches)
   fill = functools.partial(to_batches, mesh, config.rl.rows, **limits)
 
@@ -207,6 +167,66 @@ def main(config, workdir):
   writer.close()
   print(f"done: {config.total_steps} steps, {metrics.compiled()}")
   print(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
+
+
+def programs(config, model, tx, schedule, state):
+  """(zeros, accumulate, apply, old_logp), jitted: an optimizer step over micro-batches.
+
+  What the loop runs and tools/compile_check.py compiles.
+
+  Args:
+    model: the ModelConfig.
+    state: real, or abstract with shardings.
+  """
+  freeze = start.frozen(config)
+  mesh = state["step"].sharding.mesh
+  trained = optim.split(state["params"], freeze)[0]
+  # What goes in comes out in the same place, so that each program compiles once.
+  layout = jax.tree.map(lambda x: x.sharding, state)
+
+  def token_logp(params, batch):
+    with parallel.on(mesh):
+      return qwen2_5_vl.token_logp(
+        model, params, batch, config.rollout.temperature, batch.weight > 0
+      )
+
+  def loss_fn(trained, frozen, batch, tokens):
+    logp, entropy = token_logp(optim.merge(trained, frozen), batch)
+    old = jax.lax.stop_gradient(logp if batch.logp_old is None else batch.logp_old)
+    loss, m = grpo.loss(
+      logp, old, batch.advantage, batch.weight, normalizer=tokens,
+      logp_sampler=batch.logp_sampler, **config.loss,
+    )  # fmt: skip
+    # Of the policy that sampled: a later minibatch has moved away from it.
+    m |= grpo.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
+    m["policy/entropy"] = entropy.sum() / tokens
+    return loss, (m | {"loss": loss}, flops.work(batch))
+
+  lie = optim.split(layout["params"], freeze)[0]
+
+  @functools.partial(jax.jit, out_shardings=lie)
+  def zeros():
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trained)
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(lie, None))
+  def accumulate(total, params, batch, tokens):
+    parts = optim.split(params, freeze)
+    grads, told = jax.grad(loss_fn, has_aux=True)(*parts, batch, tokens)
+    return jax.tree.map(jnp.add, total, grads), told
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
+  def apply(state, grads):
+    trained, frozen = optim.split(state["params"], freeze)
+    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
+    m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    params = optim.merge(trained, frozen)
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
+
+  @jax.jit
+  def old_logp(params, batch):
+    return token_logp(params, batch)[0]
+
+  return zeros, accumulate, apply, old_logp
 
 
 def judge(groups, masked_stops, **reward):

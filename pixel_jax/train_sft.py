@@ -69,38 +69,7 @@ def main(config, workdir):
     "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
-  # What goes in comes out in the same place, so that each program compiles once.
-  layout = jax.tree.map(lambda x: x.sharding, state)
-
-  # ---- Step --------------------------------------------------------------------------
-  def loss_fn(trained, frozen, batch, tokens):
-    params = optim.merge(trained, frozen)
-    mine = batch.weight > 0
-    logp, entropy = qwen2_5_vl.token_logp(policy.config, params, batch, where=mine)
-    loss = -(logp * batch.weight).sum() / tokens
-    m = {"loss": loss, "policy/entropy": (entropy * mine).sum() / tokens}
-    return loss, (m, flops.work(batch))
-
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))
-  def update(state, batch):
-    trained, frozen = optim.split(state["params"], freeze)
-    tokens = jnp.maximum(batch.weight.sum(), 1.0)
-
-    def gradient(rows):
-      return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, tokens)
-
-    grads, (m, work) = optim.accumulate(gradient, batch, config.micro_batches)
-    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
-    m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
-    m["data/utilisation"] = (batch.segment > 0).mean()
-    if batch.features is None:
-      m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
-    params = optim.merge(trained, frozen)
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
-
-  @jax.jit
-  def heldout(params, batch):
-    return loss_fn(params, {}, batch, jnp.maximum(batch.weight.sum(), 1.0))[0]
+  update, heldout = programs(config, policy.config, tx, schedule, state)
 
   # ---- Resume ------------------------------------------------------------------------
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
@@ -136,6 +105,51 @@ def main(config, workdir):
   writer.close()
   print(f"done: {config.total_steps} steps, {metrics.compiled()}")
   print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
+
+
+def programs(config, model, tx, schedule, state):
+  """(update, heldout), jitted: what the loop runs and tools/compile_check.py compiles.
+
+  Args:
+    model: the ModelConfig.
+    state: real, or abstract with shardings.
+  """
+  freeze = start.frozen(config)
+  mesh = state["step"].sharding.mesh
+  # What goes in comes out in the same place, so that each program compiles once.
+  layout = jax.tree.map(lambda x: x.sharding, state)
+
+  def loss_fn(trained, frozen, batch, tokens):
+    params = optim.merge(trained, frozen)
+    mine = batch.weight > 0
+    with parallel.on(mesh):
+      logp, entropy = qwen2_5_vl.token_logp(model, params, batch, where=mine)
+    loss = -(logp * batch.weight).sum() / tokens
+    m = {"loss": loss, "policy/entropy": (entropy * mine).sum() / tokens}
+    return loss, (m, flops.work(batch))
+
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))
+  def update(state, batch):
+    trained, frozen = optim.split(state["params"], freeze)
+    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+
+    def gradient(rows):
+      return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, tokens)
+
+    grads, (m, work) = optim.accumulate(gradient, batch, config.micro_batches)
+    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
+    m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    m["data/utilisation"] = (batch.segment > 0).mean()
+    if batch.features is None:
+      m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
+    params = optim.merge(trained, frozen)
+    return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
+
+  @jax.jit
+  def heldout(params, batch):
+    return loss_fn(params, {}, batch, jnp.maximum(batch.weight.sum(), 1.0))[0]
+
+  return update, heldout
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """model/attention.py against loops over queries and keys."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixel_jax import parallel
 from pixel_jax.model import attention as lib
+from pixel_jax.model import kernels
 
 
 def by_loops(q, k, v, sees):
@@ -109,6 +113,63 @@ def test_window_attention_on_ragged_windows(seed, P):
   real = (window > 0)[:, None, :, None]
   assert np.isfinite(got).all()
   np.testing.assert_allclose(np.where(real, got, 0), np.where(real, want, 0), atol=1e-5)
+
+
+# (impl, causal, shape of q, key-value heads); the first pads to blocks of 128.
+KERNELS = [
+  ("splash", True, (2, 4, 200, 16), 2),
+  ("splash", False, (1, 2, 130, 80), 2),  # a head of the vision tower
+  ("cudnn", True, (2, 4, 200, 16), 2),
+  ("cudnn", False, (1, 2, 130, 80), 2),
+]
+
+
+@pytest.mark.parametrize(("impl", "causal", "shape", "kv_heads"), KERNELS)
+def test_kernels_mean_the_same(impl, causal, shape, kv_heads, monkeypatch):
+  """Values and gradients; splash interpreted, cuDNN's call by jax's own fallback."""
+  elsewhere = {"splash": dict(interpret=True), "cudnn": dict(implementation="xla")}
+  kernel = functools.partial(getattr(kernels, impl), **elsewhere[impl])
+  monkeypatch.setattr(kernels, impl, kernel)
+  B, _, T, H = shape
+  q, k, v, g = random(3, shape, (B, kv_heads, T, H), (B, kv_heads, T, H), shape)
+  segment = jnp.sort(jax.random.randint(jax.random.key(1), (B, T), 0, 4), axis=1)
+
+  def value_and_grad(impl):
+    def loss(q, k, v):
+      out = lib.attention(
+        q, k, v, segment_q=segment, segment_k=segment, causal=causal, impl=impl
+      )
+      return (out * g).sum(), out
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+  got, want = value_and_grad(impl), value_and_grad("xla")
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), got, want)
+
+
+def test_splash_is_cut_along_the_mesh(monkeypatch):
+  """Rows and heads over eight devices give what one gives."""
+  interpreted = functools.partial(kernels.splash, interpret=True)
+  monkeypatch.setattr(kernels, "splash", interpreted)
+  mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+  q, k, v = random(4, (4, 4, 128, 8), (4, 2, 128, 8), (4, 2, 128, 8))
+
+  @jax.jit
+  def spread(q, k, v):
+    with parallel.on(mesh):
+      return lib.attention(q, k, v, causal=True, impl="splash")
+
+  rows = jax.NamedSharding(mesh, parallel.ROWS)
+  got = spread(*(jax.device_put(x, rows) for x in (q, k, v)))
+  assert got.sharding.shard_shape(got.shape) == (1, 2, 128, 8)
+  np.testing.assert_allclose(got, lib.attention(q, k, v, causal=True), atol=1e-5)
+
+
+def test_kernels_order_by_index_only():
+  (x,) = random(0, (1, 1, 2, 4))
+  slot = jnp.zeros((1, 2), jnp.int32)
+  with pytest.raises(ValueError, match="xla"):
+    lib.attention(x, x, x, slot_q=slot, causal=True, impl="splash")
 
 
 def test_unknown_impl_is_refused():

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
+from pixel_jax.model import kernels
+
+IMPLS = ("xla", "splash", "cudnn")
 NEVER = -1e30  # not -inf: a row that sees nothing stays finite
 SPAN = 64  # queries that share a prefix of keys, at least
 CHUNK = 256  # queries whose scores exist at one time, where there are many
@@ -39,16 +42,23 @@ def attention(
   Args:
     segment_q, segment_k: who may see whom; both None = one segment.
     slot_q, slot_k: order of queries and keys; None = their index.
-    impl: "xla", the reference that runs everywhere.
+    impl: "xla", the reference that runs everywhere; "splash" on TPUs, "cudnn" on GPUs
+      (kernels.py), where slots are indices.
 
   Where slots are indices, queries go in at most four spans, and a span reads only the
   keys up to its last query.  Long spans are cut into chunks, one after the other, so
   that scores of [T S] never exist, neither forward nor backward.
   """
-  if impl != "xla":
-    raise ValueError(f"attention impl is {impl!r}; implemented: 'xla'.")
+  if impl not in IMPLS:
+    raise ValueError(f"attention impl is {impl!r}; implemented: {', '.join(IMPLS)}.")
   B, _, T, _ = q.shape
   S = k.shape[2]
+  if impl != "xla" and not (slot_q is None and slot_k is None):
+    raise ValueError(f"{impl} orders tokens by index; use 'xla' where slots are given.")
+  if impl == "splash":
+    return kernels.splash(q, k, v, segment_q, segment_k, causal)
+  if impl == "cudnn" and (segment_q is None or T * S <= kernels.LARGEST_MASK):
+    return kernels.cudnn(q, k, v, segment_q, segment_k, causal)
   prefix = causal and slot_q is None and slot_k is None and T == S
 
   def ids(x, length, used):  # broadcast to rows, so that they can be cut into chunks

@@ -102,7 +102,7 @@ class ModelConfig:
   dtype: str = "float32"  # of the activations; parameters are cast to it, norms are not
   remat: str = "none"  # what the backward pass computes again; `layers.run`
   scan_layers: bool = True  # False: unrolled, faster for 2-3 layers on a CPU
-  attention: str = "xla"  # "impl" of attention.py
+  attention: str = "xla"  # "impl" of attention.py: "splash" on TPUs, "cudnn" on GPUs
   logp_chunk: int = 1024  # tokens of the whole batch whose logits exist at one time
   lora: Adapters | None = None  # adapters in the tree, stored with its weights
 
@@ -120,7 +120,7 @@ class ModelConfig:
     for name, allowed in {
       "dtype": ("float32", "bfloat16"),
       "remat": ("none", "dots", "qkvo", "full"),
-      "attention": ("xla",),
+      "attention": ("xla", "splash", "cudnn"),
     }.items():
       if getattr(self, name) not in allowed:
         raise ValueError(

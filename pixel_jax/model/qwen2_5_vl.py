@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from pixel_jax import parallel
 from pixel_jax.batch import Batch, Cache
 from pixel_jax.model import logp, lora, table
 from pixel_jax.model.config import ModelConfig
@@ -139,6 +140,7 @@ def forward(config: ModelConfig, params: Params, batch: Batch) -> jax.Array:
   features = batch.features
   if features is None:
     features = encode_vision(config, params, batch)
+  features = parallel.by_rows(features)
   x = _embed(config, params, batch.tokens, batch.vision_index, features)
   return _text(config, params)(x, batch.position, batch.segment)
 
@@ -166,14 +168,19 @@ def token_logp(
     known &= where[:, 1:]
   head, equation = _text(config, params).output()
   # Position t - 1 predicts token t; the last one predicts nothing.
-  out = logp.chosen(
+
+  def chosen(hidden, labels, where, head):
+    return logp.chosen(
+      hidden, head, labels, where, equation=equation, temperature=temperature,
+      limit=config.logp_chunk // parallel.row_groups(),
+    )  # fmt: skip
+
+  out = parallel.map_rows(
+    chosen,
     hidden,
-    head,
     jnp.roll(batch.tokens, -1, axis=1),
     jnp.pad(known, [(0, 0), (0, 1)]),
-    equation=equation,
-    temperature=temperature,
-    limit=config.logp_chunk,
+    whole=head,
   )
   return tuple(jnp.pad(x[:, :-1], [(0, 0), (1, 0)]) for x in out)
 

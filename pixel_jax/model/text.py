@@ -11,6 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
+from pixel_jax import parallel
 from pixel_jax.batch import Cache
 from pixel_jax.model import layers, rope
 from pixel_jax.model.attention import attention, cached_attention
@@ -78,7 +79,7 @@ class Text(nnx.Module):
     table = self.table(position)
 
     def body(block, x, i):
-      q, k, v = block.qkv(x, table)
+      q, k, v = block.qkv(parallel.by_rows(x), table)
       heads = attention(
         q, k, v, segment_q=segment, segment_k=segment, causal=True,
         impl=self.config.attention,
@@ -86,9 +87,8 @@ class Text(nnx.Module):
       return block.close(x, heads)
 
     c = self.config
-    return self.norm(
-      layers.run(self.blocks, body, x, scan=c.scan_layers, remat=c.remat)
-    )
+    x = layers.run(self.blocks, body, x, scan=c.scan_layers, remat=c.remat)
+    return self.norm(parallel.by_rows(x))
 
   def extend(
     self,

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int, UInt8
 
+from pixel_jax import parallel
 from pixel_jax.model import layers, rope
 from pixel_jax.model.attention import attention, window_attention
 from pixel_jax.model.config import ModelConfig, VisionConfig
@@ -55,6 +56,7 @@ class Block(nnx.Module):
     self.down = Linear("BPF,FD->BPD", (F, D), **kwargs)
 
   def __call__(self, x: Float[Array, "B P D"], table, attend) -> Float[Array, "B P D"]:
+    x = parallel.by_rows(x)
     # Cut at once, so that the gradients of the three are joined and not added.
     q, k, v = (y[0] for y in jax.lax.split(self.qkv(self.attn_norm(x)), [1] * 3))
     q, k = rope.rotate(q, table), rope.rotate(k, table)
@@ -106,7 +108,7 @@ class Vision(nnx.Module):
       )  # fmt: skip
 
     x = self._run(x, table, in_window, in_image)
-    return self.merger(x)
+    return self.merger(parallel.by_rows(x))
 
   def _run(self, x, table, in_window, in_image):
     """Periods of n window blocks and a full one where `fullatt` is periodic."""

@@ -352,7 +352,7 @@ class Engine:
     self, params: Any, sampling: decode.Sampling, ban: Sequence[int], one_bucket: bool
   ) -> Table:
     """An empty cache and bank where `params` lie; freed when the run is over."""
-    programs = self._compile(jax.tree.leaves(params)[0].sharding)
+    programs = self.programs(jax.tree.leaves(params)[0].sharding)
     self._ways.add((sampling, bool(ban)))
     if self.config.dtype != "float32":
       params = programs.cast(params)
@@ -371,7 +371,7 @@ class Engine:
       chunk=self.chunk,
     )
 
-  def _compile(self, sharding: jax.sharding.Sharding) -> Programs:
+  def programs(self, sharding: jax.sharding.Sharding) -> Programs:
     """The programs for parameters of one engine: a device, or a mesh with "tensor"."""
     where = getattr(sharding, "mesh", None) or sharding
     if self._programs is None or self._programs.where != where:

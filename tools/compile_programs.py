@@ -1,0 +1,173 @@
+"""The programs of a run with abstract arguments: what training jits, at its shapes.
+
+Nothing is defined here: the programs are those that train_sft, train_rl and the engine
+build for their loops, lowered for devices that need not exist.  Main value: `Program`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import compile_cost
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+
+from pixel_jax import optim, parallel, start, train_rl, train_sft
+from pixel_jax.batch import Batch
+from pixel_jax.data import pack
+from pixel_jax.model import config as model_config
+from pixel_jax.model import lora, qwen2_5_vl, table
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """One compiled program of a run.
+
+  name: such as "update" or "decode 128 to 4096"; phase: "train", "sync" or "rollout".
+  lower: traces it for the devices of the topology.
+  cost: what it has to do on one device, by formula.
+  resident: bytes that a device holds meanwhile beside the arguments.
+  """
+
+  name: str
+  phase: str
+  lower: Callable[[], jax.stages.Lowered]
+  cost: compile_cost.Cost
+  resident: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What main() of a trainer holds when its loop begins, without the numbers."""
+
+  config: Any
+  mesh: jax.sharding.Mesh
+  model: model_config.ModelConfig
+  tx: Any
+  schedule: Callable
+  state: dict  # of ShapeDtypeStructs that know where they lie
+
+  @property
+  def trained(self) -> dict:
+    return optim.split(self.state["params"], start.frozen(self.config))[0]
+
+  def cost(self, num_rows: int, tokens: int, patches: int, **more) -> compile_cost.Cost:
+    """Of rows of this shape through the model, forward and backward."""
+    cut = self.model.vision.patch**2
+    return compile_cost.train(
+      self.model,
+      devices=self.mesh.size,
+      tensor=self.mesh.shape["tensor"],
+      sizes=sizes(self.state["params"]),
+      trained=sizes(self.trained),
+      rows=num_rows,
+      tokens=tokens,
+      patches=patches,
+      largest=max(most for _, most in self.config.codec.budgets.values()) // cut,
+      **more,
+    )
+
+
+def open_run(config: Any, devices: list[jax.Device]) -> Run:
+  """The mesh, the model and the state of a config, on these devices."""
+  mesh = start.call("mesh", parallel.make_mesh, **config.mesh, among=devices)
+  fields = dict(config.model)
+  preset = model_config.PRESETS[fields.pop("name")]
+  asked = None
+  if config.lora.rank:
+    asked = start.call("lora", lora.Config, **config.lora)
+  model = start.call("model", dataclasses.replace, preset, **fields, lora=asked)
+  params = {
+    # Beside adapters the weights stay as released, in bfloat16 (`start.load`).
+    path: x.update(dtype=jnp.bfloat16) if asked and not lora.is_adapter(path) else x
+    for path, x in table.unnest(qwen2_5_vl.abstract(model)).items()
+  }
+  params = place(table.nest(params), start.layout(model, mesh))
+  freeze = start.frozen(config)
+  steps = config.total_steps * (config.rl.minibatches if "rl" in config else 1)
+  settings = {**config.optim, "freeze": freeze, "total_steps": steps}
+  tx, schedule = start.call("optim", optim.make, params, **settings)
+  trained = optim.split(params, freeze)[0]
+  opt = place(jax.eval_shape(tx.init, trained), optim.state_shardings(tx, trained))
+  step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
+  state = {"params": params, "opt": opt, "step": step}
+  return Run(config, mesh, model, tx, schedule, state)
+
+
+def place(abstract: Any, shardings: Any) -> Any:
+  return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
+
+
+def rows(mesh: jax.sharding.Mesh, num_rows: int, tokens: int, patches: int) -> Batch:
+  """The abstract batch that `parallel.to_devices` makes of what `pack` collates."""
+  one = pack.collate([], tokens, patches, 1)
+  where = NamedSharding(mesh, parallel.ROWS)
+  return Batch(
+    **{
+      k: jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype, sharding=where)
+      for k, x in one.items()
+    }
+  )
+
+
+def sizes(params: dict) -> dict[str, int]:
+  """Numbers by path."""
+  return {path: int(np.prod(x.shape)) for path, x in table.unnest(params).items()}
+
+
+def device_bytes(tree: Any) -> int:
+  """Bytes of one device's part of a tree of arrays that know where they lie."""
+  return sum(
+    int(np.prod(x.sharding.shard_shape(x.shape))) * x.dtype.itemsize
+    for x in jax.tree.leaves(tree)
+  )
+
+
+def programs(run: Run) -> Iterator[Program]:
+  """Of the train step; those of a rollout are in `compile_engine`."""
+  config = run.config
+  if "rl" not in config:
+    return sft(run)
+  hosts = len({d.process_index for d in run.mesh.devices.flat})
+  return rl(run, config.rl.rows * hosts)
+
+
+def sft(run: Run) -> Iterator[Program]:
+  c, data = run.config, run.config.data
+  limits = data.tokens, data.patches
+  start.call("data", pack.check_limits, *limits)
+  parts = c.micro_batches
+  start.call("micro_batches", parallel.check_rows, run.mesh, data.rows // parts)
+  update, _ = train_sft.programs(c, run.model, run.tx, run.schedule, run.state)
+  batch = rows(run.mesh, data.rows, *limits)
+  cost = run.cost(data.rows, *limits, parts=parts)
+  yield Program("update", "train", lambda: update.lower(run.state, batch), cost)
+
+
+def rl(run: Run, num_rows: int) -> Iterator[Program]:
+  """The optimizer step and the log-probs; `num_rows` of one micro-batch on all hosts."""
+  c = run.config
+  limits = c.rl.tokens, c.rl.patches
+  start.call("rl", pack.check_limits, *limits)
+  start.call("rl", parallel.check_rows, run.mesh, num_rows)
+  _, accumulate, apply, old_logp = train_rl.programs(
+    c, run.model, run.tx, run.schedule, run.state
+  )
+  batch = rows(run.mesh, num_rows, *limits)
+  params, opt = run.state["params"], device_bytes(run.state["opt"])
+  forward = run.cost(num_rows, *limits, backward=False)
+  yield Program("logp", "train", lambda: old_logp.lower(params, batch), forward, opt)
+  batch = batch.replace(logp_old=batch.logp_sampler)
+  step = run.cost(num_rows, *limits)
+  tokens = np.float32(1)
+  yield Program(
+    "gradient",
+    "train",
+    lambda: accumulate.lower(run.trained, params, batch, tokens),
+    step,
+    opt,
+  )
+  cost = compile_cost.apply(run.mesh.size, sizes(run.trained))
+  yield Program("apply", "train", lambda: apply.lower(run.state, run.trained), cost)
