@@ -72,8 +72,9 @@ def engine(size):
   if size == "tiny":  # half the rollouts of a step at a time; operations take no time
     return dict(
       slots=96,
+      max_prompt=16,
       max_len=112,
-      prompt_len=32,
+      prompt_len=16,
       extend_len=16,
       extend_rows=64,
       patches=512,
@@ -84,6 +85,7 @@ def engine(size):
     )
   return dict(
     slots=128,
+    max_prompt=8192,
     max_len=16384,
     prompt_len=4096,
     extend_len=2048,

@@ -52,8 +52,9 @@ def main(config, workdir):
     "eval", pipeline.fixed_tasks, validation, config.eval.tasks, workdir=workdir
   )
   rollouts = start.call(
-    "engine", engine.Engine, policy.config.merged, policy.codec, **config.engine
-  )
+    "engine", engine.Engine, policy.config.merged, policy.codec,
+    group_size=config.rl.group_size, **config.engine,
+  )  # fmt: skip
   start.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   start.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
   none = np.zeros((1, 2), np.int32)

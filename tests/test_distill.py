@@ -405,7 +405,7 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(tool, tmp_path, quick_compiles)
 
   config = configure(2)
   config.engine.update(
-    slots=2, max_len=1536, prompt_len=1280, views=(1536,), patches=64
+    slots=2, max_prompt=1280, max_len=1536, prompt_len=1280, views=(), patches=64
   )
   config.recipe.update(max_tokens=16, takes=2)
   workdir = tmp_path / "a"

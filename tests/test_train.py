@@ -157,9 +157,9 @@ def test_rl_logs_agreement_and_rewards(rl):
 
 def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
   """Images take 14 tokens, clips 9: three groups of four are set aside."""
-  short = {"engine.max_len": 14, "engine.prompt_len": 8, "total_steps": 2}
+  short = {"engine.max_prompt": 8, "engine.prompt_len": 8, "total_steps": 2}
   out = run(RL, tmp_path / "run", init=able, **SMALL_RL | short)
-  assert "set aside: the prompt of task" in out and "`max_len`" in out
+  assert "set aside: the prompt of task" in out and "`max_prompt`" in out
   rows = read_metrics(tmp_path / "run")
   assert [r["rollout/too_long_prompts"] for r in rows] == [3.0, 3.0]
   assert [r["rollout/prefills_per_group"] for r in rows] == [1.0, 1.0]

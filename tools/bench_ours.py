@@ -239,10 +239,12 @@ def rollout(
   tasks, load_media = data.tasks(size), data.loader(size)
   trajectories = [c.trajectory for c in conversations.values()]
   prompt = max(t.sampled.index(True) for t in trajectories)
+  rest = max(len(t.ids) - t.sampled.index(True) for t in trajectories) + 1
   patches = max(p.num_patches for c in conversations.values() for p in c.pixels)
   playing = engine.Engine(
-    config, codec, max_len=_up(max(len(t.ids) for t in trajectories) + 1, 64),
-    prompt_len=_up(prompt, 8), patches=_up(patches, pack.PATCH_BLOCK), **size.engine,
+    config, codec, group_size=size.groups[1], max_prompt=_up(prompt, 8),
+    max_len=_up(prompt, 8) + _up(rest, 64), prompt_len=_up(prompt, 8),
+    patches=_up(patches, pack.PATCH_BLOCK), **size.engine,
   )  # fmt: skip
 
   def run():
