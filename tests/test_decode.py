@@ -1,4 +1,4 @@
-"""Sampling, fork and the pieces of a prefill, on arrays."""
+"""Sampling, moves and the pieces of a prefill, on arrays."""
 
 import collections
 
@@ -390,17 +390,17 @@ def test_a_sequence_does_not_depend_on_who_shares_its_prompt(model):
     np.testing.assert_array_equal(a, b)
 
 
-# ---- Fork ----------------------------------------------------------------------------
+# ---- Moves ----------------------------------------------------------------------------
 
 
-def test_fork_copies_in_the_given_order_and_no_more():
+def test_moves_copy_in_the_given_order_and_no_more():
   rng = np.random.default_rng(0)
   k, v = rng.normal(size=(2, 2, B, 1, 6, 3)).astype(np.float32)
   cache = Cache(k=jnp.asarray(k), v=jnp.asarray(v), length=jnp.zeros(B, jnp.int32))
   source, target = np.array([1, 1, 4, 0]), np.array([2, 0, 5, 7])
   length = np.array([1, 4, 5, 6])
-  fork = jax.jit(decode.fork, static_argnames="size")
-  out = fork(cache, source, target, length, 3, size=4)
+  move = jax.jit(decode.move, static_argnames="size")
+  out = move(cache, source, target, length, 3, size=4)
   for got, x in ((out.k, k), (out.v, v)):
     expected = x.copy()
     for s, t, n in zip(source[:3], target[:3], (4, 4, 6)):  # whole pieces

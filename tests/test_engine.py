@@ -439,7 +439,7 @@ def test_compiles_once_per_shape(world, scripted):
   tasks = [question_of(f"q{i}") for i in range(3)]
   for temperature in (1.0, 0.7):
     perform(scripted, world, tasks, group_size=3, temperature=temperature)
-  # open, place, fork; prompts and turns of "extend"; rows of 64, 32 and 16 patches; two
+  # open, place, move; prompts and turns of "extend"; rows of 64, 32 and 16 patches; two
   # ways of sampling in 16, 8 or 4 lanes.  Nothing is cast.
   assert scripted.compiles == 14 == scripted.declared - 1
   perform(scripted, world, tasks[::-1], group_size=3, seed=1)

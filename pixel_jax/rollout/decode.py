@@ -1,7 +1,8 @@
-"""Rollout on the device: prefill, fork and sampling as pure functions of arrays.
+"""Rollout on the device: prefill and sampling as pure functions of arrays.
 
-A slot is a row of the cache.  Between calls the cache holds all ids of a sequence but
-the last: that one is fed first when the sequence goes on, so new turns and sampled
+A slot is a row of the cache, which holds what follows the slot's prompt; the prompt of
+a group lies once in a cache of prompts.  Between calls they hold all ids of a sequence
+but the last: that one is fed first when the sequence goes on, so new turns and sampled
 tokens continue alike and no hidden state outlives a call.  The host says where a turn
 begins (`place`, `Turns.length`); `cache.length` is never trusted between calls.
 
@@ -115,7 +116,7 @@ def extend(
   )[1]  # fmt: skip
 
 
-def fork(
+def move(
   cache: Cache,
   source: jax.Array,
   target: jax.Array,
@@ -136,10 +137,10 @@ def fork(
     return jax.lax.dynamic_update_slice(x, part, (0, target[i], 0, start, 0))
 
   def copy(i, kv):
-    def move(j, kv):
+    def next_piece(j, kv):
       return jax.tree.map(lambda x: piece(i, j, x), kv)
 
-    return jax.lax.fori_loop(0, -(-length[i] // size), move, kv)
+    return jax.lax.fori_loop(0, -(-length[i] // size), next_piece, kv)
 
   k, v = jax.lax.fori_loop(0, count, copy, (cache.k, cache.v))
   return cache.replace(k=k, v=v)

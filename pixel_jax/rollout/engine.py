@@ -159,7 +159,7 @@ class Engine:
     extend = sum(len(views) for views in self.views)
     encode = len(pictures.row_sizes(self.patches))
     decode = len(self._ways) * len(self.lanes)
-    return extend + encode + decode + len(("open", "cast", "fork", "place"))
+    return extend + encode + decode + len(("open", "cast", "move", "place"))
 
   # ---- Run ---------------------------------------------------------------------------
 

@@ -25,7 +25,7 @@ class Programs:
     slots, max_len: of the cache, after the prompts.
     prompts, max_prompt: of the cache of prompts.
     bank: features of pictures that are kept.
-    piece: tokens that "fork" copies at a time.
+    piece: tokens that "move" copies at a time.
     stops: ids that end a turn.
   """
 
@@ -79,8 +79,8 @@ class Programs:
       donate_argnums=1,
       out_shardings=layout,
     )
-    self.fork = jax.jit(
-      bind(decode.fork, size=min(piece, max_len)),
+    self.move = jax.jit(
+      bind(decode.move, size=min(piece, max_len)),
       donate_argnums=0,
       out_shardings=layout,
     )
@@ -95,7 +95,7 @@ class Programs:
   @property
   def all(self) -> tuple[Callable, ...]:
     return (
-      self.open, self.cast, self.encode, self.extend, self.fork, self.place, self.decode
+      self.open, self.cast, self.encode, self.extend, self.move, self.place, self.decode
     )  # fmt: skip
 
   @property

@@ -134,7 +134,7 @@ class Table:
     late = self._chunk * len(self.unread)
     rows[2, : len(pairs)] = [self._length[target] + late for _, target in pairs]
     rows[2] = np.minimum(rows[2], self._cache.k.shape[3])
-    self._cache = self._programs.fork(self._cache, *rows, np.int32(len(pairs)))
+    self._cache = self._programs.move(self._cache, *rows, np.int32(len(pairs)))
 
   def feed(self, slots: Sequence[int], shape: tuple[int, int]) -> None:
     """Prefills what the cache lacks of these conversations, but for the last id.
@@ -145,10 +145,9 @@ class Table:
     self.stats["extends"] += len(slots)
     before = {s: int(self._before[self._row[s]]) for s in slots}
     begins = {s: before[s] + int(self._length[s]) for s in slots}
-    rows = range(len(self.episodes))
     for pieces in _pieces(begins, self._ends(slots), shape):
       own = [(s, begin - before[s], end - before[s]) for s, begin, end in pieces]
-      turns = self._turns(pieces, shape, rows, before)
+      turns = self._turns(pieces, shape, range(len(self.episodes)), before)
       self._cache = self._programs.extend(
         self._params, self._cache, turns, self.bank.features, self._shared,
         view=_view(self._views[1], own),
@@ -170,13 +169,13 @@ class Table:
     self,
     pieces: list[tuple[int, int, int]],
     shape: tuple[int, int],
-    rows: Sequence[int],
+    row_of: Sequence[int],
     before: Mapping[int, int],
   ) -> decode.Turns:
     """What "extend" takes for ids[begin:end] of each (slot, begin, end).
 
     Args:
-      rows: of the cache, by slot.
+      row_of: the row of the cache, by slot.
       before: ids of each slot that lie elsewhere.
     """
     R, T = shape
@@ -191,7 +190,7 @@ class Table:
     shown = []
     for r, (slot, begin, end) in enumerate(pieces):
       episode, n = self.episodes[slot], end - begin
-      turns.slot[r], turns.count[r] = rows[slot], n
+      turns.slot[r], turns.count[r] = row_of[slot], n
       turns.length[r] = begin - before[slot]
       turns.tokens[r, :n] = episode.ids[begin:end]
       turns.position[r, :n] = episode.positions[begin:end]
