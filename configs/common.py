@@ -13,7 +13,7 @@ def parse_arg(arg, **options):
   """ "7b,base" -> {"size": "7b", "base": True}: the size first, then any of `options`.
 
   Every option is a flag that is off by default; an unknown word is an error that lists
-  the known ones.
+  the known ones.  Where "topology" is an option, a word with a colon is its value.
   """
   words = [w for w in (arg or "tiny").split(",") if w]
   size, flags = words[0], words[1:]
@@ -21,11 +21,14 @@ def parse_arg(arg, **options):
     raise ValueError(
       f"config size {size!r} is unknown; choose one of {', '.join(SIZES)}"
     )
+  topology = next((w for w in flags if ":" in w and "topology" in options), "")
+  flags = [w for w in flags if w != topology]
   unknown = [w for w in flags if w not in options]
   if unknown:
     known = ", ".join(options) or "none"
     raise ValueError(f"config option {unknown[0]!r} is unknown; known here: {known}")
-  return ConfigDict(dict(size=size, **{k: k in flags for k in options}))
+  chosen = {k: k in flags for k in options}
+  return ConfigDict(dict(size=size, **chosen | {"topology": topology}))
 
 
 def model(size):

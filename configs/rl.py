@@ -2,17 +2,18 @@
 
   python -m pixel_jax.train_rl --config=configs/rl.py:tiny --workdir=DIR
   python -m pixel_jax.train_rl --config=configs/rl.py:7b --workdir=DIR
+  python -m pixel_jax.train_rl --config=configs/rl.py:7b,v5p:4x4x4 --workdir=DIR
 
 With --config.reward.alpha=0.0 the learning trap closes.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, pods
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, full=False)
+  arg = common.parse_arg(arg, full=False, topology=False)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0
@@ -28,6 +29,9 @@ def get_config(arg="tiny"):
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
+  c.fleet = dict(  # fleet.Fleet
+    tensor=1,  # devices of one engine: 1, 2 or 4 of a host
+  )
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0,
     top_p=1.0,
@@ -61,6 +65,7 @@ def get_config(arg="tiny"):
     b2=0.95,
     weight_decay=0.0,
     clip_norm=1.0,
+    moment_dtype="float32",  # of Adam's first moment
     freeze=(),
   )
   if tiny:
@@ -94,4 +99,4 @@ def get_config(arg="tiny"):
     c.eval.update(uri="world:full_val")
     c.rollout.update(max_turns=4)
     c.rl.update(rows=8, **common.FULL_ROW)
-  return c
+  return pods.fit(c, "rl", arg.size, arg.topology)

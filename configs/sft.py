@@ -3,6 +3,7 @@
   python -m pixel_jax.train_sft --config=configs/sft.py:tiny,base --workdir=BASE
   python -m pixel_jax.train_sft --config=configs/sft.py:tiny --workdir=DIR
   python -m pixel_jax.train_sft --config=configs/sft.py:7b --workdir=DIR
+  python -m pixel_jax.train_sft --config=configs/sft.py:7b,v5p:4x4x4 --workdir=DIR
 
 All but the first want --config.init=DIR.  `tiny,base` stands in for what Qwen2.5-VL
 brings along (it can point and read); `tiny` is the paper's SFT on few, imprecise
@@ -12,7 +13,7 @@ clips, zooms in two steps and self-correction (launch/local.sh --full).
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, pods
 
 # Half of the clips are deep: these become video/zoom or video/direct only.
 FULL_BASE = {
@@ -40,7 +41,7 @@ FULL_SFT = {
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, base=False, full=False)
+  arg = common.parse_arg(arg, base=False, full=False, topology=False)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0
@@ -74,6 +75,7 @@ def get_config(arg="tiny"):
     b2=0.999,
     weight_decay=0.0,
     clip_norm=1.0,
+    moment_dtype="float32",  # of Adam's first moment
     freeze=("^vision/",),  # tower and merger, as in the paper
   )
   c.micro_batches = 1  # of a step, one after the other; more take less memory
@@ -124,4 +126,4 @@ def get_config(arg="tiny"):
     c.eval.update(uri="world:full_val")
     c.total_steps = 900 if arg.base else 120
     c.synthesis.kinds = FULL_BASE if arg.base else FULL_SFT
-  return c
+  return pods.fit(c, "sft", arg.size, arg.topology)

@@ -12,7 +12,7 @@ Not here: what is frozen (optim.py), which pictures a row holds (data/pack.py).
 
 import collections
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
@@ -45,9 +45,28 @@ def open_bank(
   """
   if gib < 0:
     raise ValueError(f"gib={gib} of host memory; use 0 to encode in every step")
-  if not gib or any(path.startswith("vision/") for path in trained):
+  if not is_wanted(trained, gib):
     return None
   return Bank(config, params["vision"], patches, int(gib * GIB))
+
+
+def is_wanted(trained: Collection[str], gib: float) -> bool:
+  """Whether a run has a bank, so that its rows come with features."""
+  return bool(gib) and not any(path.startswith("vision/") for path in trained)
+
+
+def encoder(config: ModelConfig, mesh: Mesh) -> Callable:
+  """The jitted program of a bank: (tower, rows) -> features f[B M D].
+
+  Args:
+    mesh: whose devices hold the tower whole and the rows in parts.
+  """
+
+  def encode(tower, rows):
+    with parallel.on(mesh):  # a kernel can be cut along rows only where it knows them
+      return qwen2_5_vl.encode_vision(config, {"vision": tower}, rows)
+
+  return jax.jit(encode)
 
 
 class Bank:
@@ -64,11 +83,11 @@ class Bank:
     narrow = jax.jit(functools.partial(qwen2_5_vl.cast, config))(tower)
     copies = parallel.to_engines(narrow)
     devices = [next(iter(jax.tree.leaves(copy)[0].devices())) for copy in copies]
-    self._mesh = Mesh(np.array(devices), ("rows",))
+    self._mesh = parallel.make_mesh(among=devices)
     self._tower = jax.tree.map(self._together, *copies)
     self._patches, self._capacity = patches, capacity
     self._shape = config.text.width, np.dtype(config.dtype)
-    self._encode = jax.jit(functools.partial(_encode, config))
+    self._encode = encoder(config, self._mesh)
     self._kept: collections.OrderedDict[str, np.ndarray] = collections.OrderedDict()
     self._bytes = 0
     self.encoded = 0  # pictures so far
@@ -89,7 +108,7 @@ class Bank:
 
   def _make(self, missing: list) -> dict[str, np.ndarray]:
     """Encodes pictures; key -> f[M D] in window order."""
-    sharding = NamedSharding(self._mesh, PartitionSpec("rows"))
+    sharding = NamedSharding(self._mesh, parallel.ROWS)
     made, told, times = {}, [], self._mesh.size
     for size, count, group in pictures.calls(missing, self._patches, times):
       rows = pictures.as_rows(group, count, size)
@@ -114,7 +133,3 @@ class Bank:
     sharding = NamedSharding(self._mesh, PartitionSpec())
     parts = [x.addressable_data(0) for x in copies]
     return jax.make_array_from_single_device_arrays(copies[0].shape, sharding, parts)
-
-
-def _encode(config: ModelConfig, tower: dict, rows: Any) -> jax.Array:
-  return qwen2_5_vl.encode_vision(config, {"vision": tower}, rows)

@@ -209,13 +209,19 @@ def programs(config, model, tx, schedule, state):
   def zeros():
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), trained)
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(lie, None))
+  options = dict(config.compiler)
+
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(lie, None), compiler_options=options
+  )
   def accumulate(total, params, batch, tokens):
     parts = optim.split(params, freeze)
     grads, told = jax.grad(loss_fn, has_aux=True)(*parts, batch, tokens)
     return jax.tree.map(jnp.add, total, grads), told
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None))
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(layout, None), compiler_options=options
+  )
   def apply(state, grads):
     trained, frozen = optim.split(state["params"], freeze)
     trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
@@ -223,7 +229,7 @@ def programs(config, model, tx, schedule, state):
     params = optim.merge(trained, frozen)
     return {"params": params, "opt": opt, "step": state["step"] + 1}, m
 
-  @jax.jit
+  @functools.partial(jax.jit, compiler_options=options)
   def old_logp(params, batch):
     return token_logp(params, batch)[0]
 

@@ -128,7 +128,10 @@ def programs(config, model, tx, schedule, state):
     m = {"loss": loss, "policy/entropy": (entropy * mine).sum() / tokens}
     return loss, (m, flops.work(batch))
 
-  @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))
+  @functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(layout, None, None),
+    compiler_options=dict(config.compiler),
+  )  # fmt: skip
   def update(state, batch):
     trained, frozen = optim.split(state["params"], freeze)
     tokens = jnp.maximum(batch.weight.sum(), 1.0)

@@ -1,7 +1,11 @@
 """Does a run fit, and how fast can it be?  Asks the compilers of TPUs and GPUs, on a CPU.
 
+  python tools/compile_check.py --config=configs/rl.py:7b,v5p:4x4x4
+    [--programs=update,decode] [--largest] [--num_slices=2] [--json=FILE]
   python tools/compile_check.py --config=configs/rl.py:7b --topology=v5p:4x4x4
-    [--programs=update,decode] [--num_slices=2] [--json=FILE] [--config.KEY=VALUE ...]
+    [--config.KEY=VALUE ...]       without a preset for that topology
+  python tools/compile_check.py --table=docs/compiled [--cells=N]
+                                   presets that the folder lacks, and the table
 
 Compiles every program of the run, from the code and the config that training uses, at
 its real shapes for devices that need not exist, and tells for each: peak memory of a
@@ -29,6 +33,7 @@ import compile_cost
 import compile_engine
 import compile_hlo
 import compile_programs
+import compile_table
 import jax
 from absl import flags
 from jax.experimental import topologies
@@ -39,12 +44,18 @@ from pixel_jax import start
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5p:4x4x4 or h200:8.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
 PROGRAMS = flags.DEFINE_list("programs", [], "Only those whose names begin so.")
+LARGEST = flags.DEFINE_bool(
+  "largest", False, "Of programs that differ in their bucket only the largest."
+)
 JSON = flags.DEFINE_string("json", None, "Where the figures go.")
 EFFORT = flags.DEFINE_float(
   "effort", 0.0, "jax_exec_time_optimization_effort: -1 takes half the time to compile."
 )
+TABLE = flags.DEFINE_string("table", None, "A folder: checks what presets it lacks.")
+CELLS = flags.DEFINE_integer("cells", 1000, "How many; 0 = only write the table.")
 SHARE = 0.92  # of the memory: the rest is fragmentation and what jax itself needs
-PACKAGES = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
+PACKAGES = ("jax", "jaxlib")
+COMPILERS = {"h200": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}  # else libtpu
 # What the TPU compiler asks the machine and there is no machine to answer.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -66,7 +77,7 @@ runtime_version { major: 12 minor: 9 patch: 0 } device_description_str: "NVIDIA 
 
 
 def main(config):
-  name = TOPOLOGY.value
+  name = choose_topology(config)
   if name not in compile_cost.TOPOLOGIES:
     known = ", ".join(compile_cost.TOPOLOGIES)
     raise start.ConfigError(f"--topology={name} is unknown; known: {known}")
@@ -74,20 +85,27 @@ def main(config):
   devices = open_devices(name, SLICES.value)
   jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
   run = compile_programs.open_run(config, devices)
-  found = list(compile_programs.programs(run))
+  found, refused = list(compile_programs.programs(run)), None
   if "engine" in config:
-    found += compile_engine.programs(run)
-  if PROGRAMS.value:
+    refused = compile_engine.refusal(run, SHARE * chip.hbm)
+    found = [] if refused else found + list(compile_engine.programs(run))
+  if PROGRAMS.value and found:
     chosen = [p for p in found if p.name.startswith(tuple(PROGRAMS.value))]
     if not chosen:
       known = ", ".join(p.name for p in found)
       raise start.ConfigError(f"--programs={PROGRAMS.value}: none of {known}")
     found = chosen
+  if LARGEST.value:
+    found = largest(found)
   report = {
     "command": " ".join(["python", *sys.argv]),
     "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    "versions": {p: v for p in PACKAGES if (v := version(p))},
+    "versions": {
+      p: importlib.metadata.version(p)
+      for p in (*PACKAGES, *COMPILERS.get(name.partition(":")[0], ("libtpu",)))
+    },
     "effort": EFFORT.value,
+    "programs_of": "the largest of each kind" if LARGEST.value else "every bucket",
     "topology": name,
     "accelerator": compile_cost.TOPOLOGIES[name].accelerator,
     "chips": compile_cost.TOPOLOGIES[name].chips * SLICES.value,
@@ -104,13 +122,27 @@ def main(config):
       bar.set_description(p.name)
       rows.append(check(p, chip, config, run))
       show(rows[-1])
+  if refused:
+    report["refused"] = refused
+    print(f"refused: {refused}")
   for row in rows:
     if not row["fits"]:
       print(f"{row['name']} does not fit: {row['remedy']}")
   if JSON.value:
     pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
     print(f"in {JSON.value}: all figures")
-  sys.exit(int(not all(row["fits"] for row in rows)))
+  sys.exit(int(bool(refused) or not all(row["fits"] for row in rows)))
+
+
+def choose_topology(config) -> str:
+  """The one that the config is made for, or the flag's."""
+  made, asked = config.topology, TOPOLOGY.value
+  if made and asked and made != asked:
+    raise start.ConfigError(
+      f"--topology={asked}: the config is laid out for {made}; name the size alone, or "
+      f"{asked} in place of {made}"
+    )
+  return made or asked
 
 
 def open_devices(name: str, slices: int) -> list[jax.Device]:
@@ -143,6 +175,16 @@ def open_devices(name: str, slices: int) -> list[jax.Device]:
     raise start.ConfigError(
       f"--topology={name}: no compiler for it ({error}). Install {needs}."
     ) from error
+
+
+def largest(found: list) -> list:
+  """Buckets of a program share the first word of its name; the largest costs most."""
+  best = {}
+  for p in found:
+    kind = p.name.partition(" ")[0]
+    if kind not in best or p.cost.executed > best[kind].cost.executed:
+      best[kind] = p
+  return list(best.values())
 
 
 def check(p: compile_programs.Program, chip: compile_cost.Chip, config, run) -> dict:
@@ -181,6 +223,13 @@ def check(p: compile_programs.Program, chip: compile_cost.Chip, config, run) -> 
   row["share"] = row["peak_bytes"] / chip.hbm
   row["fits"] = "refused" not in row and row["share"] <= SHARE
   parts = p.cost.seconds(chip, moved)
+  if p.contexts:
+    row["contexts"] = {
+      n: {"seconds": max(s.values()), "bound": max(s, key=s.get)}
+      for n, c in p.contexts.items()
+      for s in [c.seconds(chip, moved)]
+    }
+    row["tokens"] = p.tokens
   row["flops"], row["executed"] = p.cost.model, p.cost.executed
   row["bytes"], row["links_bytes"] = p.cost.bytes, moved
   row["seconds"] = parts
@@ -235,24 +284,12 @@ def remedy(row: dict, chip: compile_cost.Chip, config, run) -> str:
       f"{told} with one row a device: about 1/{times} of config.{section}.tokens and "
       f".patches, or config.mesh.tensor=2"
     )
-  e, model = config.engine, run.model
-  slot = e.max_len * compile_cost.cache_bytes(model)
+  e = config.engine
+  slot = compile_engine.slot_bytes(run)
   fit = int(e.slots - (row["peak_bytes"] - limit) / slot) // 8 * 8
   if fit >= 8:
     return f"{told}: config.engine.slots={fit} (now {e.slots})"
-  numbers = sum(compile_programs.sizes(run.state["params"]).values())
-  return (
-    f"{told}, and less than 8 slots would be left: an engine keeps whole weights on one "
-    f"device, {4 * numbers / compile_cost.GIB:.1f} GiB in f32 and half as much in bf16 "
-    "beside it; use devices with more memory"
-  )
-
-
-def version(package: str) -> str | None:
-  try:
-    return importlib.metadata.version(package)
-  except importlib.metadata.PackageNotFoundError:
-    return None
+  return f"{told}, and less than 8 slots would be left: {compile_engine.wider(run)}"
 
 
 def show_head(report: dict) -> None:
@@ -285,6 +322,11 @@ def show(row: dict) -> None:
     * (not row["fits"]),
     flush=True,
   )
+  for n, at in row.get("contexts", {}).items():
+    print(
+      f"  {n} tokens in the cache: {at['seconds'] * 1e3:.1f} ms by {at['bound']}, "
+      f"{row['tokens'] / at['seconds']:,.0f} tokens/s"
+    )
   for c in row.get("collectives", ()):
     if c["in_loop"]:
       print(
@@ -293,5 +335,13 @@ def show(row: dict) -> None:
       )
 
 
+def table(argv: list[str]) -> None:
+  flags.FLAGS(argv)
+  compile_table.make(pathlib.Path(TABLE.value), CELLS.value, EFFORT.value)
+
+
 if __name__ == "__main__":
-  start.run(main, needs_workdir=False)
+  if any(a.startswith("--table") for a in sys.argv):  # of all configs, so without one
+    table(sys.argv)
+  else:
+    start.run(main, needs_workdir=False)

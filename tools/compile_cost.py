@@ -186,12 +186,14 @@ def decode(
   return Cost(work, work, steps * moved / tensor)
 
 
-def encode(model: ModelConfig, *, weights: int, patches: int, largest: int) -> Cost:
-  """The tower over `patches`, whole on every device of an engine."""
+def encode(
+  model: ModelConfig, *, tensor: int, weights: int, patches: int, largest: int
+) -> Cost:
+  """The tower over `patches`."""
   v = model.vision
   work = patches * flops.vision_per_patch(model, largest)
   moved = patches * v.depth * _block_bytes(v.width, v.width, v.width, v.mlp)
-  return Cost(work, work, moved + 2 * weights)
+  return Cost(work / tensor, work / tensor, (moved + 2 * weights) / tensor)
 
 
 def cache_bytes(model: ModelConfig) -> int:

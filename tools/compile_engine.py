@@ -5,7 +5,7 @@ engine builds its own programs, and what is alive beside the arguments of each i
 up as train_rl holds it.
 """
 
-import functools
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -15,30 +15,38 @@ import compile_cost
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compile_programs import Program, Run, device_bytes, place, sizes
+from compile_programs import (
+  Program,
+  Run,
+  device_bytes,
+  pictures_of,
+  place,
+  sizes,
+)
 
 from pixel_jax import parallel, start
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
-from pixel_jax.model import qwen2_5_vl, table
+from pixel_jax.model import hf, qwen2_5_vl, table
 from pixel_jax.rollout import decode, engine, pictures
 
 
 def programs(run: Run) -> Iterator[Program]:
-  """Of the engine that train_rl uses: whole weights on the first device of a host."""
-  model = run.model.merged
-  merge = functools.partial(qwen2_5_vl.merge, run.model)
-  train = place(
-    jax.eval_shape(merge, run.state["params"]), start.layout(model, run.mesh)
-  )
+  """Of one engine as train_rl uses it: a group of `fleet.tensor` devices of a host."""
+  model, tensor = run.model.merged, run.config.fleet.tensor
+  train = weights(run)
   held = device_bytes(run.state)  # stays where it is through the rollouts
   flat = table.unnest(train)
   held += device_bytes([flat[f"{path}/w"] for path in table.adapted(run.model)])
   params = train
   if run.mesh.size > 1:
-    reshard = parallel.resharder(parallel.engine_mesh(run.mesh), train)
+    mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
+    # Cast before they are gathered, so that half as much travels.
+    reshard = parallel.resharder(
+      mesh, train, hf.logical_axes(model), jnp.dtype(model.dtype)
+    )
     params = reshard.eval_shape(train)
-    group = list(run.mesh.devices.flat)[:1]
+    group = list(run.mesh.devices.flat)[:tensor]
     params = jax.tree.map(
       lambda x: x.update(sharding=parallel.local_sharding(x, group)), params
     )
@@ -46,12 +54,72 @@ def programs(run: Run) -> Iterator[Program]:
     rest = held - device_bytes(train)
     yield Program("reshard", "sync", lambda: reshard.lower(train), cost, rest)
     held += device_bytes(params)  # the caller of the engine keeps them
+  e = open_engine(run)
+  yield from _engine(run, e, params, held)
+
+
+def refusal(run: Run, limit: float) -> str | None:
+  """Why no engine finds room, before anything is compiled; None where one may.
+
+  The least that a device holds while the engine runs: its part of the train state, of
+  the weights in the compute dtype, and of the keys and values of eight slots.
+  """
+  tensor = run.config.fleet.tensor
+  numbers = sum(sizes(weights(run)).values())
+  held = {
+    "train state": device_bytes(run.state),
+    "weights": numbers * jnp.dtype(run.model.dtype).itemsize / tensor,
+    "8 slots": 8 * slot_bytes(run),
+  }
+  if sum(held.values()) <= limit:
+    return None
+  parts = " + ".join(f"{k} {v / compile_cost.GIB:.1f}" for k, v in held.items())
+  return (
+    f"an engine of {tensor} devices needs at least {parts} GiB on each, of "
+    f"{limit / compile_cost.GIB:.1f}: {wider(run)}"
+  )
+
+
+def wider(run: Run) -> str:
+  """What gives an engine more room."""
+  e, tensor = run.config.engine, run.config.fleet.tensor
+  knobs = [f"config.fleet.tensor={2 * tensor}"] * (
+    tensor < 4 and run.mesh.size > tensor
+  )
+  knobs += [f"config.engine.max_len={e.max_len // 2}"]
+  knobs += ["config.lora.rank=32"] * (not run.config.lora.rank)
+  return f"use {', '.join(knobs)} or devices with more memory"
+
+
+def slot_bytes(run: Run) -> float:
+  """Keys and values of one slot on one device of an engine."""
+  t = run.model.text
+  cut = run.config.fleet.tensor if t.kv_heads % run.config.fleet.tensor == 0 else 1
+  return run.config.engine.max_len * compile_cost.cache_bytes(run.model) / cut
+
+
+def weights(run: Run) -> dict:
+  """What is sent to the engines, abstract, on the train mesh: adapters are merged."""
+  model = run.model.merged
+  have = table.unnest(run.state["params"])
+  whole = table.unnest(qwen2_5_vl.abstract(model))
+  changed = {f"{path}/w" for path in table.adapted(run.model)}
+  for path, x in whole.items():
+    dtype = have[path].dtype
+    if path in changed:  # as `qwen2_5_vl.merge` does
+      dtype = jnp.promote_types(dtype, model.dtype)
+    whole[path] = x.update(dtype=dtype)
+  return place(table.nest(whole), start.layout(model, run.mesh))
+
+
+def open_engine(run: Run) -> engine.Engine:
   with tempfile.TemporaryDirectory() as folder:
     # Which ids end a turn has no bearing on a program's size: any tokenizer will do.
     words = tokenizer.make_tiny(pathlib.Path(folder), world.scaffolds())
   codec = start.call("codec", encode.Codec, words, **run.config.codec)
-  e = start.call("engine", engine.Engine, model, codec, **run.config.engine)
-  yield from _engine(run, e, params, held)
+  return start.call(
+    "engine", engine.Engine, run.model.merged, codec, **run.config.engine
+  )
 
 
 def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Program]:
@@ -63,16 +131,15 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
   def array(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
-  def here(abstract):
-    return jax.tree.map(lambda x: array(x.dtype, *x.shape), abstract)
-
-  if model.dtype != "float32":
-    full, params = params, here(jax.eval_shape(p.cast, params))
+  tensor = run.config.fleet.tensor
+  if qwen2_5_vl.is_wide(model, params):
+    full, params = params, jax.eval_shape(p.cast, params)
+    params = jax.tree.map(lambda x, y: y.update(sharding=x.sharding), full, params)
     cost = compile_cost.Cost(bytes=device_bytes((full, params)))
     rest = held - device_bytes(full)
     yield Program("cast", "sync", lambda: p.cast.lower(full), cost, rest)
     held += device_bytes(params)
-  cache, slots, bank = alive = here(jax.eval_shape(p.open))
+  cache, slots, bank = alive = p.open.eval_shape()
   cost = compile_cost.Cost(bytes=device_bytes(alive))
   yield Program("open", "rollout", p.open.lower, cost, held)
   held += device_bytes(alive)
@@ -87,13 +154,10 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
   tower = sum(n for k, n in numbers.items() if k.startswith("vision/"))
   for n in pictures.row_sizes(e.patches):
     shape = (pictures.row_count(n, e.patches), n)
-    shown = decode.Pictures(
-      patches=array(jnp.uint8, *shape, model.vision.patch_dim),
-      patch_pos=array(i32, *shape, 2),
-      patch_image=array(i32, *shape),
-      patch_window=array(i32, *shape),
+    shown = pictures_of(model, *shape, where)
+    cost = compile_cost.encode(
+      model, tensor=tensor, weights=tower, patches=n * shape[0], largest=n
     )
-    cost = compile_cost.encode(model, weights=tower, patches=n * shape[0], largest=n)
     name, also = f"vision {shape[0]} x {n}", (shown, np.int32(0))
     # bank is donated by its place among the arguments: params, bank, pictures, at.
     yield program(name, cost, p.encode, params, bank, also=also)
@@ -105,7 +169,7 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     )  # fmt: skip
     for view in e.views:
       cost = compile_cost.extend(
-        model, tensor=1, weights=text, rows=R, tokens=min(T, view), view=view
+        model, tensor=tensor, weights=text, rows=R, tokens=min(T, view), view=view
       )
       yield Program(
         f"{name} {R} x {T} to {view}",
@@ -130,11 +194,19 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
   sampling = decode.Sampling(
     rollout.temperature, rollout.top_p, rollout.top_k, rollout.get("greedy", False)
   )
-  for lanes in e.lanes:  # the roofline is that of full slots; how far is read, they say
-    cost = compile_cost.decode(
-      model, tensor=1, weights=text, lanes=lanes, view=e.max_len, steps=e.chunk
-    )
-    yield program(
-      f"decode {lanes}", cost, p.decode, params, cache, slots,
-      also=(array(i32, B, e.chunk), None), sampling=sampling, lanes=lanes,
+  for lanes in e.lanes:
+
+    def cost(context, lanes=lanes):
+      return compile_cost.decode(
+        model, tensor=tensor, weights=text, lanes=lanes, view=context, steps=e.chunk
+      )
+
+    # One program serves all contexts: it reads as far as the longest row reaches.
+    yield dataclasses.replace(
+      program(
+        f"decode {lanes}", cost(e.max_len), p.decode, params, cache, slots,
+        also=(array(i32, B, e.chunk), None), sampling=sampling, lanes=lanes,
+      ),
+      contexts={n: cost(n) for n in e.views},
+      tokens=lanes * e.chunk,
     )  # fmt: skip

@@ -5,7 +5,8 @@ build for their loops, lowered for devices that need not exist.  Main value: `Pr
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import compile_cost
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 
-from pixel_jax import optim, parallel, start, train_rl, train_sft
+from pixel_jax import features, optim, parallel, start, train_rl, train_sft
 from pixel_jax.batch import Batch
 from pixel_jax.data import pack
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
+from pixel_jax.rollout import decode, pictures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,8 @@ class Program:
   lower: traces it for the devices of the topology.
   cost: what it has to do on one device, by formula.
   resident: bytes that a device holds meanwhile beside the arguments.
+  contexts: tokens in the cache -> what it costs then, for a program of decoding steps.
+  tokens: that it decodes at most.
   """
 
   name: str
@@ -36,6 +40,8 @@ class Program:
   lower: Callable[[], jax.stages.Lowered]
   cost: compile_cost.Cost
   resident: int = 0
+  contexts: Mapping[int, compile_cost.Cost] = dataclasses.field(default_factory=dict)
+  tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,15 +106,38 @@ def place(abstract: Any, shardings: Any) -> Any:
   return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
 
 
-def rows(mesh: jax.sharding.Mesh, num_rows: int, tokens: int, patches: int) -> Batch:
-  """The abstract batch that `parallel.to_devices` makes of what `pack` collates."""
-  one = pack.collate([], tokens, patches, 1)
-  where = NamedSharding(mesh, parallel.ROWS)
+def rows(
+  run: Run, num_rows: int, tokens: int, patches: int, *, apart: bool = False
+) -> Batch:
+  """The abstract batch that `parallel.to_devices` makes of what `pack` collates.
+
+  Args:
+    apart: as in `pack.collate`; features of a frozen tower stand in for the patches.
+  """
+  one = pack.collate([], tokens, patches, 1, apart=apart)
+  if one.pop("pictures", None) is not None:
+    width = run.model.text.width
+    one["features"] = np.zeros((1, patches // 4, width), jnp.dtype(run.model.dtype))
+  where = NamedSharding(run.mesh, parallel.ROWS)
   return Batch(
     **{
       k: jax.ShapeDtypeStruct((num_rows, *x.shape[1:]), x.dtype, sharding=where)
       for k, x in one.items()
     }
+  )
+
+
+def pictures_of(model, num_rows: int, size: int, where: Any) -> decode.Pictures:
+  """Abstract rows of one picture each, as `pictures.as_rows` lays them out."""
+
+  def array(dtype, *more):
+    return jax.ShapeDtypeStruct((num_rows, size, *more), dtype, sharding=where)
+
+  return decode.Pictures(
+    patches=array(jnp.uint8, model.vision.patch_dim),
+    patch_pos=array(jnp.int32, 2),
+    patch_image=array(jnp.int32),
+    patch_window=array(jnp.int32),
   )
 
 
@@ -135,15 +164,47 @@ def programs(run: Run) -> Iterator[Program]:
 
 
 def sft(run: Run) -> Iterator[Program]:
+  """The step, and where the tower is frozen what makes its features."""
   c, data = run.config, run.config.data
   limits = data.tokens, data.patches
   start.call("data", pack.check_limits, *limits)
   parts = c.micro_batches
   start.call("micro_batches", parallel.check_rows, run.mesh, data.rows // parts)
   update, _ = train_sft.programs(c, run.model, run.tx, run.schedule, run.state)
-  batch = rows(run.mesh, data.rows, *limits)
-  cost = run.cost(data.rows, *limits, parts=parts)
-  yield Program("update", "train", lambda: update.lower(run.state, batch), cost)
+  kept = features.is_wanted(optim.list_paths(run.trained), c.features.gib)
+  batch = rows(run, data.rows, *limits, apart=kept)
+  cost = run.cost(data.rows, data.tokens, 0 if kept else data.patches, parts=parts)
+  if not kept:
+    yield Program("update", "train", lambda: update.lower(run.state, batch), cost)
+    return
+  # Each host has a tower of its own, whole on all of its devices.
+  first = run.mesh.devices.flat[0].process_index
+  local = [d for d in run.mesh.devices.flat if d.process_index == first]
+  mesh = parallel.make_mesh(among=local)
+  tower = jax.eval_shape(
+    functools.partial(qwen2_5_vl.cast, run.model), run.state["params"]["vision"]
+  )
+  tower = jax.tree.map(lambda x: x.update(sharding=parallel.replicated(mesh)), tower)
+  yield Program(
+    "update", "train", lambda: update.lower(run.state, batch), cost, device_bytes(tower)
+  )
+  encode = features.encoder(run.model, mesh)
+  numbers = sum(sizes({"vision": tower}).values())
+  for n in pictures.row_sizes(data.patches):
+    count = pictures.row_count(n, data.patches)
+    shown = pictures_of(
+      run.model, mesh.size * count, n, NamedSharding(mesh, parallel.ROWS)
+    )
+    cost = compile_cost.encode(
+      run.model, tensor=1, weights=numbers, patches=n * count, largest=n
+    )
+    yield Program(
+      f"vision {mesh.size * count} x {n}",
+      "features",
+      lambda shown=shown: encode.lower(tower, shown),
+      cost,
+      device_bytes(run.state),
+    )
 
 
 def rl(run: Run, num_rows: int) -> Iterator[Program]:
@@ -155,7 +216,7 @@ def rl(run: Run, num_rows: int) -> Iterator[Program]:
   _, accumulate, apply, old_logp = train_rl.programs(
     c, run.model, run.tx, run.schedule, run.state
   )
-  batch = rows(run.mesh, num_rows, *limits)
+  batch = rows(run, num_rows, *limits)
   params, opt = run.state["params"], device_bytes(run.state["opt"])
   forward = run.cost(num_rows, *limits, backward=False)
   yield Program("logp", "train", lambda: old_logp.lower(params, batch), forward, opt)

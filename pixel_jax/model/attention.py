@@ -88,6 +88,7 @@ def attention(
   return out[0] if len(out) == 1 else jnp.concatenate(out, axis=2)
 
 
+@jax.named_scope("window_attention")  # by which a compiled program can be searched
 def window_attention(
   q: Float[Array, "B N P H"],
   k: Float[Array, "B N P H"],

@@ -99,6 +99,13 @@ def cast(config: ModelConfig, params: Params) -> Params:
   return jax.tree_util.tree_map_with_path(one, params)
 
 
+def is_wide(config: ModelConfig, params: Params) -> bool:
+  """Whether `cast` would change anything: jitted it copies even what it leaves alone."""
+  narrow = jax.eval_shape(functools.partial(cast, config), params)
+  pairs = zip(jax.tree.leaves(params), jax.tree.leaves(narrow))
+  return any(x.dtype != y.dtype for x, y in pairs)
+
+
 def _init(config: ModelConfig, key: jax.Array) -> Params:
   return nnx.to_pure_dict(nnx.state(Model(config, nnx.Rngs(key)), nnx.Param))
 

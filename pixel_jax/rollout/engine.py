@@ -29,6 +29,7 @@ import numpy as np
 from absl import logging
 
 from pixel_jax.chat.encode import Codec, Conversation
+from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.pixels import resample
 from pixel_jax.pixels.geometry import Pixels
@@ -379,7 +380,7 @@ class Engine:
     """An empty cache and bank where `params` lie; freed when the run is over."""
     programs = self.programs(jax.tree.leaves(params)[0].sharding)
     self._ways.add((sampling, bool(ban)))
-    if self.config.dtype != "float32":
+    if qwen2_5_vl.is_wide(self.config, params):
       params = programs.cast(params)
     cache, prompts, slots, features = programs.open()
     encode = functools.partial(programs.encode, params)

@@ -1,0 +1,173 @@
+"""The table of docs/pods.md: every preset on its machines, as the compilers see it.
+
+A cell is a run of compile_check.py in a process of its own, kept as JSON; the table is
+made of those that lie in the folder, and says which do not.  Where there is no preset a
+cell says what the check answers without one.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import compile_cost
+from tqdm import tqdm
+
+from configs import common, pods
+
+DOC = pathlib.Path(__file__).parents[1] / "docs/pods.md"
+BEGIN, END = "<!-- made by tools/compile_check.py -->\n", "<!-- made until here -->\n"
+ORDER = [("sft", "7b"), ("rl", "7b"), ("sft", "3b"), ("rl", "3b")]
+ORDER += [(kind, size) for size in ("32b", "72b") for kind in ("sft", "rl")]
+
+
+class Cell(NamedTuple):
+  kind: str
+  size: str
+  topology: str
+
+  @property
+  def file(self) -> str:
+    return f"{self.kind}-{self.size}-{self.topology.replace(':', '-')}.json"
+
+  @property
+  def has_preset(self) -> bool:
+    presets = {"sft": pods.SFT, "rl": pods.RL}[self.kind]
+    return (self.size, self.topology) in presets
+
+  @property
+  def arguments(self) -> list[str]:
+    """Of compile_check.py: the preset, or the least that a run could ask for."""
+    config = f"--config=configs/{self.kind}.py:{self.size}"
+    if self.has_preset:
+      return [f"{config},{self.topology}"]
+    pod = pods.PODS[self.topology]
+    more = [f"--topology={self.topology}", f"--config.model.attention={pod.attention}"]
+    if self.kind == "sft":
+      more.append(f"--config.data.rows={pod.devices}")
+    else:
+      more += [
+        f"--config.fleet.tensor={min(4, pod.host)}", "--config.engine.slots=8",
+        f"--config.rl.rows={pod.host}",
+      ]  # fmt: skip
+    return [config, *more]
+
+
+def cells() -> Iterator[Cell]:
+  """All of them, the most wanted first."""
+  assert {size for _, size in ORDER} == set(common.SIZES) - {"tiny"}
+  for kind, size in ORDER:
+    for topology in pods.PODS:
+      yield Cell(kind, size, topology)
+
+
+def make(folder: pathlib.Path, count: int, effort: float) -> None:
+  """Compiles at most `count` of the cells that `folder` lacks; writes the table."""
+  folder.mkdir(parents=True, exist_ok=True)
+  missing = [c for c in cells() if not (folder / c.file).exists()][:count]
+  tool = pathlib.Path(__file__).with_name("compile_check.py")
+  with tqdm(missing, disable=None) as bar:
+    for cell in bar:
+      bar.set_description(cell.file)
+      command = [sys.executable, str(tool), *cell.arguments, "--largest"]
+      command += [f"--effort={effort}", f"--json={folder / cell.file}"]
+      done = subprocess.run(command, capture_output=True, text=True)
+      if done.returncode not in (0, 1):  # 1: it does not fit, and the JSON says so
+        print(f"{cell.file}: exit {done.returncode}: {done.stderr[-300:]}")
+  write(folder)
+  print(f"in {DOC}: the table of {len(list(folder.glob('*.json')))} checks in {folder}")
+
+
+def write(folder: pathlib.Path) -> None:
+  before, _, rest = DOC.read_text().partition(BEGIN)
+  after = rest.partition(END)[2]
+  DOC.write_text(before + BEGIN + table(folder) + END + after)
+
+
+def table(folder: pathlib.Path) -> str:
+  found = {}
+  for cell in cells():
+    file = folder / cell.file
+    if file.exists():
+      found[cell] = json.loads(file.read_text())
+  dates = sorted(r["date"][:10] for r in found.values())
+  versions = sorted(
+    {f"{k} {v}" for r in found.values() for k, v in r["versions"].items()}
+  )
+  lines = [
+    f"\n{len(found)} of {len(list(cells()))} cells were compiled, {dates[0]} to "
+    f"{dates[-1]}, with {', '.join(versions)}.\n"
+    if found
+    else "\nNothing was compiled yet.\n"
+  ]
+  for kind, title in (("sft", "SFT"), ("rl", "RL")):
+    lines.append(f"\n### {title}\n")
+    for size in [s for k, s in ORDER if k == kind]:
+      lines += _rows(kind, size, found)
+  return "\n".join(lines) + "\n"
+
+
+def _rows(kind: str, size: str, found: dict) -> Iterator[str]:
+  head = ["topology", "accelerator", "chips", "a device at a time", "remat"]
+  if kind == "rl":
+    head += ["engine"]
+  head += ["peak GiB", "of HBM", "by", "at least", "MFU at most"]
+  if kind == "rl":
+    head += ["decode at 4096 at most"]
+  yield f"\n**{size}**\n"
+  yield "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|"
+  for topology, pod in pods.PODS.items():
+    cell = Cell(kind, size, topology)
+    begin = [topology, pod.accelerator, str(pod.chips)]
+    report = found.get(cell)
+    if report is None:
+      told = "not compiled" + " (no preset)" * (not cell.has_preset)
+      body = [told] + [""] * (len(head) - len(begin) - 1)
+    elif not cell.has_preset or told_off(report):
+      body = [told_off(report) or "fits, no preset yet"]
+      body += [""] * (len(head) - len(begin) - 1)
+    else:
+      body = _figures(kind, report)
+    yield "| " + " | ".join(begin + body) + " |"
+
+
+def told_off(report: dict) -> str:
+  """Why a run does not fit; "" where it does."""
+  if "refused" in report:
+    return "no: " + report["refused"]
+  bad = [r for r in report["programs"] if not r["fits"]]
+  return f"no: {bad[0]['name']}, {bad[0]['remedy']}" if bad else ""
+
+
+def _figures(kind: str, report: dict) -> list[str]:
+  rows, config = report["programs"], report["config"]
+  worst = max(rows, key=lambda r: r["peak_bytes"])
+  step = next(r for r in rows if r["name"] == {"sft": "update", "rl": "gradient"}[kind])
+  groups = report["devices"] // report["mesh"]["tensor"]
+  if kind == "sft":
+    each = config["data"]["rows"] // config["micro_batches"] // groups
+    shape = f"{each} x {config['data']['tokens']}"
+  else:
+    shape = f"1 x {config['rl']['tokens']}"
+  remat = config["model"]["remat"]
+  if config["lora"]["rank"]:
+    remat += f", LoRA {config['lora']['rank']}"
+  out = [shape, remat]
+  if kind == "rl":
+    out.append(
+      f"{config['fleet']['tensor']} devices, {config['engine']['slots']} slots"
+    )
+  out += [
+    f"{worst['peak_bytes'] / compile_cost.GIB:.1f}",
+    f"{worst['share']:.0%}",
+    worst["name"].partition(" ")[0],
+    f"{step['roofline_s'] * 1e3:.0f} ms",
+    f"{step['mfu_ceiling']:.0%}",
+  ]
+  if kind == "rl":
+    decode = next(r for r in rows if r["name"].startswith("decode"))
+    at = decode["contexts"]["4096"]
+    out.append(f"{decode['tokens'] / at['seconds']:,.0f} tokens/s")
+  return out
