@@ -63,13 +63,14 @@ def test_every_program_of_a_run_is_found():
   names = [p.name for p in rollout]
   assert len(set(names)) == len(names)
   e = run.config.engine
-  views = len({e.max_len, *e.views})
+  own = e.max_len - e.max_prompt
+  views = sum(len({n, *(v for v in e.views if v < n)}) for n in (e.max_prompt, own))
   lanes = len({e.slots, e.slots // 2, e.slots // 4})
   sizes = len(compile_engine.pictures.row_sizes(e.patches))
-  once = {"cast", "open", "fork", "place"}
+  once = {"cast", "open", "move", "place"}
   assert once <= set(names)
-  assert len(names) == len(once) + sizes + 2 * views + lanes  # Engine.declared
-  for kind in ("vision", "prompt", "turn", "decode", "fork", "place", "open", "cast"):
+  assert len(names) == len(once) + sizes + views + lanes  # Engine.declared
+  for kind in ("vision", "prompt", "turn", "decode", "move", "place", "open", "cast"):
     next(p for p in rollout if p.name.startswith(kind)).lower()
   for p in train:
     p.lower()
@@ -213,7 +214,10 @@ def test_the_cache_is_written_in_place():
   slots = run.config.engine.slots
   compiled = found[f"decode {slots}"].lower().compile()
   memory = compiled.memory_analysis()
-  cache = slots * compile_engine.slot_bytes(run)
+  e = compile_engine.open_engine(run)
+  cache = (
+    slots * e.max_own * compile_cost.cache_bytes(run.model) / run.config.fleet.tensor
+  )
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < cache / 4
   # One sum over the group after the heads and one after the MLP of a layer.
