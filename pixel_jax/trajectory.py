@@ -117,6 +117,11 @@ def from_dict(fields: dict[str, Any]) -> Trajectory:
   return Trajectory(task=Task(**task), **d)
 
 
+def step_file(step: int, host: int = 0, hosts: int = 1) -> str:
+  """The name below trajectories/ of what a host played in a step, 1 the first."""
+  return f"step_{step:06d}{f'.{host:03d}' if hosts > 1 else ''}.jsonl"
+
+
 def write_jsonl(path: str | pathlib.Path, trajectories: Iterable[Trajectory]) -> None:
   """Writes the whole file or nothing (a killed run leaves no half line behind)."""
   path = pathlib.Path(path)
