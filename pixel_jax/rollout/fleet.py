@@ -56,7 +56,7 @@ class Fleet:
     self.first, self.each = mine[0], shards // len(rows)  # shards of an engine
     self.engines = [make() for _ in mine]
     self._tensor, self._axes = tensor, hf.logical_axes(config.merged)
-    self._prepare = functools.partial(_prepare, config)
+    self._prepare = functools.partial(prepare, config)
 
   def sync(self, params: dict) -> list[dict]:
     """The weights of the policy, for each engine; all processes call it together.
@@ -142,7 +142,8 @@ class _Stopped(Exception):
   """Ends the run of an engine whose rollouts are not wanted any more."""
 
 
-def _prepare(config: ModelConfig, params: dict) -> dict:
+def prepare(config: ModelConfig, params: dict) -> dict:
+  """What engines take of the trained parameters, before it is laid out for them."""
   return qwen2_5_vl.cast(config, qwen2_5_vl.merge(config, params))
 
 
