@@ -182,7 +182,7 @@ def main(config, workdir):
         )  # fmt: skip
     writer.write(step, m | stats, tokens=work["sampled"], flops=cost)
     if step % config.keep_trajectories_every == 0 or step == config.total_steps:
-      name = trajectory.step_file(step, jax.process_index(), jax.process_count())
+      name = trajectory.host_file(f"step_{step:06d}", mine["host"], mine["hosts"])
       played = (f.trajectory for g in groups for f in g)
       trajectory.write_jsonl(workdir / "trajectories" / name, played)
     if step % config.save_every == 0:

@@ -117,9 +117,9 @@ def from_dict(fields: dict[str, Any]) -> Trajectory:
   return Trajectory(task=Task(**task), **d)
 
 
-def step_file(step: int, host: int = 0, hosts: int = 1) -> str:
-  """The name below trajectories/ of what a host played in a step, 1 the first."""
-  return f"step_{step:06d}{f'.{host:03d}' if hosts > 1 else ''}.jsonl"
+def host_file(stem: str, host: int, hosts: int) -> str:
+  """The name below trajectories/ of what one of several hosts played."""
+  return f"{stem}.{host:03d}.jsonl" if hosts > 1 else f"{stem}.jsonl"
 
 
 def write_jsonl(path: str | pathlib.Path, trajectories: Iterable[Trajectory]) -> None:

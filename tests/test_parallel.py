@@ -179,6 +179,10 @@ def test_agree_alone():
   assert parallel.agree({"a": [1]}) == {"a": [1]}
   assert parallel.agree(7, "max") == 7 and parallel.agree(True, "any") is True
   np.testing.assert_array_equal(parallel.agree(np.arange(3), "sum"), np.arange(3))
+  assert parallel.total({"a": 2}) == {"a": 2.0}
+  rows = np.arange(6).reshape(3, 2)
+  np.testing.assert_array_equal(parallel.own_rows(rows), rows)
+  np.testing.assert_array_equal(parallel.gather_rows({"x": rows})["x"], rows)
   with pytest.raises(ValueError, match="all_equal, max, any or sum"):
     parallel.agree(1, "min")
   parallel.barrier("alone")
@@ -239,6 +243,10 @@ assert parallel.agree(rank, "max") == 1 and parallel.agree(rank == 1, "any") is 
 assert parallel.agree(np.float64(1 / 3), "sum") == 2 / 3
 assert parallel.agree({"lr": 1e-6}) == {"lr": 1e-6}
 assert parallel.gather_json(["x" * rank]) == [[""], ["x"]]
+assert parallel.total({"a": rank + 0.5, "b": 1}) == {"a": 2.0, "b": 2.0}
+all_of = parallel.gather_rows({"x": np.full((2, 3), rank, np.int32), "y": np.ones(1, bool)})
+assert all_of["x"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2 and all_of["y"].shape == (2,)
+assert parallel.own_rows(all_of["x"]).tolist() == [[rank] * 3] * 2
 try:
   parallel.agree(f"config {rank}")
   raise SystemExit("disagreement was not noticed")
