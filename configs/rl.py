@@ -29,9 +29,7 @@ def get_config(arg="tiny"):
   c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
-  c.fleet = dict(  # fleet.Fleet
-    tensor=1,  # devices of one engine: 1, 2 or 4 of a host
-  )
+  c.fleet = dict(tensor=1)  # rollout.fleet.Fleet: devices of an engine
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0,
     top_p=1.0,
@@ -47,7 +45,7 @@ def get_config(arg="tiny"):
     minibatches=16,
     std=False,  # as released
     masked_stops=("turns", "length"),  # leave mean, std and loss
-    rows=64,  # of one micro-batch
+    rows=64,  # of one micro-batch, on each host
     tokens=16384,
     patches=32768,
   )

@@ -60,6 +60,9 @@ class Checkpoints:
     self.wait()
     return self._manager.latest_step()
 
+  def has(self, step: int) -> bool:
+    return step in self._manager.all_steps()
+
   def save(self, step: int, state: dict, host: Any = None) -> None:
     """Writes `state` (with key "params") and `host` as `step`.
 
@@ -67,7 +70,7 @@ class Checkpoints:
     An error there is raised by the next `save`, `wait` or `close`.
     """
     self.wait()
-    if step in self._manager.all_steps():
+    if self.has(step):
       raise CheckpointError(f"{self.directory}/{step} exists already; delete it first")
     host = merge(parallel.gather_json(encode(host)))
     items = {k: ocp.args.StandardSave(v) for k, v in _parts(state).items()} | {

@@ -38,6 +38,12 @@ PEAK_FLOPS = {
 }
 
 
+def say(text: str) -> None:
+  """A line on stdout, of all processes once."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
+
 class Writer:
   """Writes the metrics of one workdir.
 
@@ -258,8 +264,17 @@ def count_compiles() -> int:
   return _compiles
 
 
+def ended(done: int, total: int) -> str:
+  """The last line but one of a run that ends, or leaves, after step `done`."""
+  if done < total:
+    return (
+      f"stopped by SIGTERM: step {done} of {total} is saved, the same command goes on"
+    )
+  return f"done: {done} steps, {compiled()}"
+
+
 def compiled() -> str:
-  """What compiling cost so far, for the last line of a run."""
+  """What compiling cost so far."""
   return f"{count_compiles()} programs compiled in {_compile_seconds:.0f} s"
 
 

@@ -11,6 +11,7 @@ import os
 import pathlib
 import shutil
 import sys
+import traceback
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,12 @@ def run(main, needs_workdir: bool = True) -> None:
       tokenizer.TokenizerError,
     ) as error:
       stop(error)
+    except BaseException:
+      if not jax.distributed.is_initialized():
+        raise
+      # The usual end would wait for the others, which wait for this process.
+      traceback.print_exc()
+      _leave(1)
 
   app.run(start, flags_parser=parse)
 
@@ -106,7 +113,16 @@ def stop(error: Exception) -> None:
   if any("Traceback" in line for line in lines):  # of a config file that refused
     lines = lines[-1:]
   print("error:", " ".join(lines), file=sys.stderr)
+  if jax.distributed.is_initialized():
+    _leave(2)
   sys.exit(2)
+
+
+def _leave(code: int) -> None:
+  """Ends this process at once; the others miss its heartbeat and stop, too."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def call(section: str, function, *args, **kwargs):
@@ -121,6 +137,7 @@ def call(section: str, function, *args, **kwargs):
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes the workdir and writes config.json; caches compiled programs beside it."""
+  parallel.initialize()
   workdir.mkdir(parents=True, exist_ok=True)
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
   if (workdir / "checkpoints").is_dir() and file.exists():
@@ -132,11 +149,12 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
         f"{workdir} was begun with another config ({', '.join(differ)}); continue with "
         "the same, or give a new --workdir"
       )
-  file.write_text(text + "\n")
+  parallel.barrier("config")  # nobody reads what is being written
+  if jax.process_index() == 0:
+    file.write_text(text + "\n")
   cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", workdir.parent / "compiled")
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  parallel.initialize()
   metrics.count_compiles()  # from here on
 
 
@@ -216,7 +234,10 @@ def open_policy(
     extra = checkpoint.load_extra(root)
     config = model_config.from_hf(extra["model"])
   elif name == "tiny":
-    words = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+    if jax.process_index() == 0:
+      tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+    parallel.barrier("tokenizer")
+    words = tokenizer.load(workdir / "tokenizer")
     config = model_config.tiny(
       words.vocab_size,
       image_token=words.image_pad,
@@ -231,7 +252,7 @@ def open_policy(
       f"config.init is empty, and the {name} model has no tokenizer of its own; "
       "convert a checkpoint first: python tools/convert.py import --hf=DIR --out=DIR"
     )
-  if not (workdir / "tokenizer").exists():
+  if jax.process_index() == 0 and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
     shutil.copytree(root / "tokenizer", workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
@@ -309,10 +330,12 @@ def describe(config: ConfigDict, policy: Policy, mesh) -> None:
   sizes = [x.size for x in jax.tree.leaves(policy.params)]
   trained = jax.tree.leaves(optim.split(policy.params, frozen(config))[0])
   device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+  if jax.process_count() > 1:
+    device += f" of {jax.process_count()} processes"
   settings = json.dumps(json.loads(config.to_json_best_effort()))
-  print(f"device   {device}, mesh {dict(mesh.shape)}")
-  print(
+  metrics.say(f"device   {device}, mesh {dict(mesh.shape)}")
+  metrics.say(
     f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}, "
     f"{sum(x.size for x in trained):,} of them trained"
   )
-  print(f"config   {settings}")
+  metrics.say(f"config   {settings}")

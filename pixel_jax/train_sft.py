@@ -10,7 +10,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pixel_jax import checkpoint, features, metrics, optim, parallel, start
+from pixel_jax import (
+  checkpoint,
+  features,
+  metrics,
+  optim,
+  parallel,
+  preemption,
+  start,
+)  # fmt: skip
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import flops, qwen2_5_vl
 
@@ -18,6 +26,7 @@ from pixel_jax.model import flops, qwen2_5_vl
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
   mesh, policy = start.open_run(config, workdir)
+  notice = preemption.Notice()
   freeze = start.frozen(config)
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
@@ -79,32 +88,37 @@ def main(config, workdir):
   writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
 
   # ---- Loop --------------------------------------------------------------------------
-  for step in range(first, config.total_steps):
+  done = first
+  while done < config.total_steps and not notice.agreed():
     with writer.timer("data"):
       batch = on_devices(next(train))
+      parallel.barrier("rows")
     with writer.timer("update"):
       state, *told = update(state, batch)
       m, work = jax.tree.map(float, jax.device_get(told))
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
-    done = step + 1
+    done += 1
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
       rows = [next(held) for _ in range(config.eval.batches)]
       held.close()  # its thread reads ahead until then
-      losses = [heldout(state["params"], on_devices(r)) for r in rows]
+      parallel.barrier("held rows")
+      losses = [parallel.settle(heldout(state["params"], on_devices(r))) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
     cost = flops.of_work(policy.config, work, optim.list_paths(trained))
     writer.write(
-      done, m | train.counts(), tokens=work["tokens"],
+      done, m | parallel.total(train.counts()), tokens=work["tokens"],
       image_tokens=work["image_tokens"], flops=cost.parts(),
     )  # fmt: skip
-    if done % config.save_every == 0 or done == config.total_steps:
+    if done % config.save_every == 0:
       saver.save(done, state, {"data": train.get_state()})
+  if not saver.has(done):
+    saver.save(done, state, {"data": train.get_state()})
   saver.close()
   writer.close()
-  print(f"done: {config.total_steps} steps, {metrics.compiled()}")
-  print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
+  metrics.say(metrics.ended(done, config.total_steps))
+  metrics.say(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
 def programs(config, model, tx, schedule, state):

@@ -57,8 +57,8 @@ def run(entry, workdir, devices=1, **overrides):
   return out
 
 
-def kill_at(entry, workdir, step, **overrides):
-  """SIGKILL as soon as metrics.jsonl shows `step`."""
+def kill_at(entry, workdir, step, number=signal.SIGKILL, **overrides):
+  """A signal as soon as metrics.jsonl shows `step`; SIGTERM saves and exits with 0."""
   process = start(entry, workdir, **overrides)
   metrics = pathlib.Path(workdir) / "metrics.jsonl"
   until = time.monotonic() + 600
@@ -66,9 +66,14 @@ def kill_at(entry, workdir, step, **overrides):
     assert process.poll() is None, process.communicate()[0]
     assert time.monotonic() < until
     time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=120)
+  if number == signal.SIGTERM:
+    assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
+    saved = checkpoint.complete_steps(pathlib.Path(workdir) / "checkpoints")[-1]
+    assert saved == len(read_metrics(workdir)) < overrides["total_steps"]
+  else:
+    assert process.returncode == -number
 
 
 def read_metrics(workdir):
@@ -134,9 +139,11 @@ def test_sft_leaves_what_the_next_stage_needs(base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3])
-def test_killed_sft_goes_on_bit_for_bit(base, step, tmp_path):
-  kill_at(SFT, tmp_path / "run", step, **SMALL_SFT)
+@pytest.mark.parametrize(
+  "step, number", [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGTERM)]
+)
+def test_killed_sft_goes_on_bit_for_bit(base, step, number, tmp_path):
+  kill_at(SFT, tmp_path / "run", step, number, **SMALL_SFT)
   run(SFT, tmp_path / "run", **SMALL_SFT)
   assert_same_run(base, tmp_path / "run")
 
@@ -171,8 +178,10 @@ def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
     assert sum(not any(t.sampled) for t in kept) == 3 * 8
 
 
-def test_killed_rl_goes_on_bit_for_bit(able, rl, tmp_path):
-  kill_at(RL, tmp_path / "run", 3, init=able, **SMALL_RL)
+@pytest.mark.slow
+@pytest.mark.parametrize("step, number", [(3, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_killed_rl_goes_on_bit_for_bit(able, rl, step, number, tmp_path):
+  kill_at(RL, tmp_path / "run", step, number, init=able, **SMALL_RL)
   run(RL, tmp_path / "run", init=able, **SMALL_RL)
   assert_same_run(rl, tmp_path / "run")
   for file in sorted((rl / "trajectories").iterdir()):

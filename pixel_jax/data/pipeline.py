@@ -188,19 +188,34 @@ def _refuse(why: str) -> None:
 
 
 def fixed_tasks(
-  source: Any, count: int, *, workdir: str | pathlib.Path | None = None
+  source: Any,
+  count: int,
+  *,
+  workdir: str | pathlib.Path | None = None,
+  shards: int = 1,
+  host: int = 0,
+  hosts: int = 1,
 ) -> list[Task]:
-  """The first `count` questions that can be used; the others are set aside."""
-  aside, good = Quarantine(workdir, 0, 1.0), []
-  for i in range(len(source)):
-    if len(good) >= count:
-      break
-    made = attempt(i, functools.partial(usable_task, source, i))
-    if not isinstance(made, Bad):
-      good.append(made)
-    elif not made.left_out:
-      aside.add(made, -1)
-  if not good:
+  """This host's part of the first `count` questions that can be used, shard by shard.
+
+  The others are set aside.  Of each logical shard the first that can be used, as many
+  as it would give of `count` good records: no host reads those of another.
+  """
+  each = shards // hosts
+  aside, good, wanted = Quarantine(workdir, host, 1.0), [], 0
+  for shard in range(host * each, (host + 1) * each):
+    left = len(range(shard, count, shards))
+    wanted += left
+    for i in range(shard, len(source), shards):
+      if not left:
+        break
+      made = attempt(i, functools.partial(usable_task, source, i, shard))
+      if not isinstance(made, Bad):
+        good.append(made)
+        left -= 1
+      elif not made.left_out:
+        aside.add(made, -1)
+  if wanted and not good:
     raise DataError(
       f"none of {len(source)} records is a usable question for {count} tasks; see "
       f"{aside.path or 'a quarantine file: give a workdir'}, and data.filter"

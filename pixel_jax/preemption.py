@@ -1,0 +1,30 @@
+"""Preemption: SIGTERM asks a run to save and to leave, with exit code 0.
+
+Clouds and batch systems send it some time before they take a machine away.  The loops
+ask for it where their state is whole; whether it has come is known to a process at once
+(`given`) and to all of them when they agree (`agreed`).
+"""
+
+import signal
+
+from pixel_jax import parallel
+
+
+class Notice:
+  """Catches SIGTERM from now on; made after `parallel.initialize`, whose own handler it
+  takes the place of."""
+
+  def __init__(self):
+    self._given = False
+    signal.signal(signal.SIGTERM, self._catch)
+
+  def given(self) -> bool:
+    """Whether this process was told."""
+    return self._given
+
+  def agreed(self) -> bool:
+    """Whether any process was told; all of them ask together."""
+    return parallel.agree(self._given, "any")
+
+  def _catch(self, number, frame) -> None:
+    self._given = True
