@@ -32,10 +32,11 @@ def main(config, workdir):
   settings = {**config.optim, "freeze": freeze, "total_steps": updates}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
-  look = functools.partial(
-    sources.open_source, root=config.data.root, codec=policy.codec
-  )
-  source = start.call("data", look, config.data.uri)
+  data = dict(config.data)
+  uri, weights = data.pop("uri"), data.pop("weights")
+  opened = {k: data.pop(k) for k in ("root", "filter")}
+  look = functools.partial(sources.open_source, codec=policy.codec, **opened)
+  source = start.call("data", look, uri, weights=weights)
   questions = start.call(
     "data",
     pipeline.tasks,
@@ -45,7 +46,7 @@ def main(config, workdir):
     workdir=workdir,
     host=jax.process_index(),
     hosts=jax.process_count(),
-    shards=config.data.shards,
+    **data,
   )
   validation = start.call("eval", look, config.eval.uri)
   held = start.call(
@@ -106,17 +107,19 @@ def main(config, workdir):
   # ---- Loop --------------------------------------------------------------------------
   for step in range(first, config.total_steps):
     done = step + 1
+    with writer.timer("data"):
+      asked = next(questions)
     with writer.timer("rollout"):
       groups = rollouts.run(
         parallel.engine_params(whole(state["params"])),
-        next(questions),
+        asked.tasks,
         seed=config.seed,
         step=step,
         group_size=config.rl.group_size,
-        load_media=source.load_media,
+        load_media=asked.load_media,
         **config.rollout,
       )
-    stats = rollouts.stats
+    stats = rollouts.stats | questions.counts()
     with writer.timer("reward"):
       parts, mask, m = judge(groups, config.rl.masked_stops, **config.reward)
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
