@@ -46,7 +46,7 @@ def model(size):
 
 
 def codec(size):
-  """Keyword arguments of `start.codec`: the prompt and the pixels of each role.
+  """Keyword arguments of `start.make_codec`: the prompt and the pixels of each role.
 
   A budget is (fewest, most) pixels.  Published sizes: pixel_reasoner.md 1.9, the RL
   column; the crop's upper bound is what zooming buys, so it is not lowered below it.

@@ -26,7 +26,14 @@ def get_config(arg="tiny"):
   c.codec = common.codec(arg.size)
   c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
   c.mesh = common.mesh(arg.size)
-  c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
+  c.data = dict(  # sources.open_source, pipeline.tasks
+    uri="jsonl:train.jsonl",  # or several with , between: docs/data.md
+    root="",
+    weights=(),  # of several; () = every record once
+    filter=common.filter(),
+    shards=8,
+    max_bad_share=0.01,
+  )
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
   c.fleet = dict(tensor=1)  # rollout.fleet.Fleet: devices of an engine

@@ -26,7 +26,7 @@ def main(config, workdir):
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
-  is_world = all(uri.startswith("world:") for uri in config.data.uri.split(","))
+  is_world = sources.is_world(config.data.uri)
   for mode in config.modes:
     if mode not in common.FORCE or (mode == "swapped" and not is_world):
       raise start.ConfigError(

@@ -12,6 +12,8 @@ import pathlib
 import shutil
 import sys
 import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -263,17 +265,42 @@ def open_policy(
     params = load(root, config, found, mesh=mesh, seed=seed, whole=whole)
   else:
     params = qwen2_5_vl.init(config, jax.random.key(seed), layout(config, mesh))
-  v = config.vision
-  cut = dict(window=v.window, patch=v.patch, temporal=v.temporal, merge=v.merge)
-  talk = call(
-    "codec",
-    encode.Codec,
-    tokenizer=words,
-    tokens_per_second=v.tokens_per_second,
-    **cut,
-    **codec,
-  )
+  talk = make_codec(words, codec, config.vision)
   return Policy(config, talk, params, init or "fresh", extra.get("hf"))
+
+
+def make_codec(
+  words: tokenizer.Tokenizer,
+  section: Mapping[str, Any],
+  vision: model_config.VisionConfig | None = None,
+) -> encode.Codec:
+  """A tokenizer, `config.codec` and how a model cuts pictures; None = as Qwen's."""
+  v = vision or model_config.VisionConfig()
+  names = ("window", "patch", "temporal", "merge", "tokens_per_second")
+  cut = {name: getattr(v, name) for name in names}
+  return call("codec", encode.Codec, tokenizer=words, **cut, **section)
+
+
+def open_codec(
+  root: str | pathlib.Path, section: Mapping[str, Any] | None = None
+) -> encode.Codec:
+  """That of a workdir or a converted checkpoint.
+
+  Args:
+    section: a `config.codec`; None = that of the workdir, else the released budgets.
+  """
+  root = pathlib.Path(root).expanduser()
+  words, vision = tokenizer.load(root / "tokenizer"), None
+  if section is None:
+    section = {}
+    if (root / "config.json").is_file():
+      config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+      section = config.get("codec", {})
+    if "budgets" in section:
+      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
+  if (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
+    vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
+  return make_codec(words, section, vision)
 
 
 def load(

@@ -43,17 +43,18 @@ def main(config, workdir):
   settings = {**config.optim, "freeze": freeze, "total_steps": updates}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
-  look = functools.partial(
-    sources.open_source, root=config.data.root, codec=policy.codec
-  )
-  shards = config.data.shards
+  data = dict(config.data)
+  uri, weights = data.pop("uri"), data.pop("weights")
+  opened = {k: data.pop(k) for k in ("root", "filter")}
+  look = functools.partial(sources.open_source, codec=policy.codec, **opened)
+  source = start.call("data", look, uri, weights=weights)
+  shards = data.pop("shards")
   mine = dict(
     workdir=workdir, host=jax.process_index(), hosts=jax.process_count(), shards=shards
   )
-  source = start.call("data", look, config.data.uri)
   questions = start.call(
     "data", pipeline.tasks, source, seed=config.seed, batch=config.rl.prompts_per_step,
-    **mine,
+    **mine, **data,
   )  # fmt: skip
   validation = start.call("eval", look, config.eval.uri)
   held = start.call("eval", pipeline.fixed_tasks, validation, config.eval.tasks, **mine)
@@ -128,21 +129,23 @@ def main(config, workdir):
   step = first
   while step < config.total_steps and not notice.agreed():
     unread = questions.get_state()
+    with writer.timer("data"):
+      asked = next(questions)
     with writer.timer("rollout"):
       groups = rollouts.run(
         rollouts.sync(state["params"]),
-        next(questions),
+        asked.tasks,
         seed=config.seed,
         step=step,
         group_size=config.rl.group_size,
-        load_media=source.load_media,
+        load_media=asked.load_media,
         stop=notice.given,
         **config.rollout,
       )
       if notice.agreed():  # the step is given up: the next start begins it anew
         questions.set_state(unread)
         break
-      stats = rollouts.stats()
+      stats = rollouts.stats() | parallel.total(questions.counts())
     with writer.timer("reward"):
       parts, mask, m = judge(groups, config.rl.masked_stops, **config.reward)
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)

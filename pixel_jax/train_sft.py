@@ -39,6 +39,9 @@ def main(config, workdir):
   uri, weights = data.pop("uri"), data.pop("weights")
   opened = {k: data.pop(k) for k in ("root", "filter")}
 
+  def on_devices(rows):
+    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
+
   def batches(uri, seed, weights=()):
     source = start.call(
       "data", sources.open_source, uri, codec=policy.codec, weights=weights,
@@ -54,11 +57,9 @@ def main(config, workdir):
       host=jax.process_index(),
       hosts=jax.process_count(),
       apart=bank is not None,
+      place=on_devices,
       **data,
     )
-
-  def on_devices(rows):
-    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
   train = batches(uri, config.seed, weights)
   batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
@@ -91,20 +92,26 @@ def main(config, workdir):
   done = first
   while done < config.total_steps and not notice.agreed():
     with writer.timer("data"):
-      batch = on_devices(next(train))
+      batch = next(train)
       parallel.barrier("rows")
+    done += 1
     with writer.timer("update"):
       state, *told = update(state, batch)
+    if done < config.total_steps:
+      with writer.timer("data"):  # while the devices work
+        train.prepare()
+    with writer.timer("update"):
       m, work = jax.tree.map(float, jax.device_get(told))
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
-    done += 1
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
-      rows = [next(held) for _ in range(config.eval.batches)]
+      losses = []
+      for _ in range(config.eval.batches):
+        rows = next(held)
+        parallel.barrier("held rows")
+        losses.append(parallel.settle(heldout(state["params"], rows)))
       held.close()  # its thread reads ahead until then
-      parallel.barrier("held rows")
-      losses = [parallel.settle(heldout(state["params"], on_devices(r))) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
     cost = flops.of_work(policy.config, work, optim.list_paths(trained))
     writer.write(

@@ -63,8 +63,11 @@ class Cloud:
     self.here = here
     (here / "bin").mkdir()
     text = FAKE.format(
-      python=sys.executable, here=str(here), git=shutil.which("git"), tar=shutil.which("tar")
-    )  # fmt: skip
+      python=sys.executable,
+      here=str(here),
+      git=shutil.which("git"),
+      tar=shutil.which("tar"),
+    )
     for name in ("gcloud", "xpk", "srun", "env", "git", "tar", "scontrol", "scancel"):
       (here / "bin" / name).write_text(text)
       (here / "bin" / name).chmod(0o755)

@@ -55,7 +55,15 @@ def test_kinds_decide_how_often_there_is_a_video():
 
 
 @pytest.mark.parametrize(
-  "uri", ["world:", "world:nowhere", "world:0/train/image/3", "ftp:x", "jsonl:no.jsonl"]
+  "uri",
+  [
+    "world:",
+    "world:nowhere",
+    "world:0/train/image/3",
+    "ftp:x",
+    "jsonl:no.jsonl",
+    "x.jsonl",
+  ],
 )
 def test_uris_that_open_nothing(uri, tmp_path):
   with pytest.raises(sources.SourceError):
@@ -108,6 +116,18 @@ def test_bad_lines_say_where_and_why(tmp_path, line, says):
   assert source[0].id == "q"
   with pytest.raises(records.BadRecord, match=says):
     source[1]
+
+
+def test_numbers_are_answers_and_ids(tmp_path):
+  lines = [record(id=7, answer=3), record(answer=[3, "three"]), record(answer=True)]
+  rows = [{"question": "How many?", "answer": 0, "image": "a.png", "id": 0}]
+  write(tmp_path / "x.jsonl", *lines, *rows)
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
+  assert (source[0].id, source[0].answer) == ("7", "3")
+  assert source[1].answer == ["3", "three"]
+  with pytest.raises(records.BadRecord, match="no answer"):
+    source[2]
+  assert (source[3].id, source[3].answer) == ("0", "0")
 
 
 def test_media_stay_below_the_root(tmp_path):
@@ -265,7 +285,7 @@ def test_filters_leave_out_and_do_not_set_aside(filter, kept, tmp_path):
   stream = pipeline.tasks(source, seed=0, shards=1, batch=1, workdir=tmp_path)
   names = []
   while stream.counts()["data/records"] < 16:
-    names += [t.id for t in next(stream)]
+    names += [t.id for t in next(stream).tasks]
   assert sorted(set(names)) == sorted(kept)
   assert {t.id for t in pipeline.fixed_tasks(source, 99, workdir=tmp_path)} == set(kept)
   # SFT: the tokens of the whole trace, which is longer by its answer.

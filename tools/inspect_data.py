@@ -15,7 +15,6 @@ it the tiny one does, one token a letter), its codec gives the pixel budgets.
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from pixel_jax import checkpoint, start
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import formats, pack, sources, world
 from pixel_jax.trajectory import Trajectory
@@ -49,7 +49,7 @@ class Seen:
   trajectory: Trajectory  # of a question: the prompt
   example: encode.Example
   pixels: list[int]  # of every picture of the question, as the file has it
-  is_trace: bool
+  what: str  # "trace", "question" or "bare"
 
 
 @dataclasses.dataclass
@@ -88,16 +88,18 @@ def _see(source, codec: encode.Codec, i: int) -> Seen:
     pixels.append(picture.width * picture.height)
     return loaded
 
-  is_trace = isinstance(record, Trajectory)
-  if not is_trace:
-    formats.check_task(record)
+  what = "trace"
+  if not isinstance(record, Trajectory):
+    what = "question" if record.question or record.answer else "bare"
+    if what == "question":
+      formats.check_task(record)
     prompt = encode.Conversation(codec, record, load)
     made = prompt.trajectory, prompt.pixels
   elif record.turns and not record.ids:
     made = formats.retell(record, codec, load)
   else:
     made = record, encode.redraw(record, codec, load)
-  return Seen(i, made[0], encode.example(*made), pixels, is_trace)
+  return Seen(i, made[0], encode.example(*made), pixels, what)
 
 
 # ---- Told ----------------------------------------------------------------------------
@@ -146,7 +148,7 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
   for s in seen:
     shown = [m.kind for m in s.trajectory.task.media] or ["text"]
     mix = f"{len(shown)} {shown[0]}s" if len(shown) > 1 else shown[0]
-    kinds[f"{'trace' if s.is_trace else 'question'}, {mix}"] += 1
+    kinds[f"{s.what}, {mix}"] += 1
   out += ["", "kinds", *(f"  {n:>7,} {kind}" for kind, n in kinds.most_common())]
   if found.fields:
     out += ["", "fields"]
@@ -229,19 +231,6 @@ section.trajectory {{ border-top: 1px solid var(--rule); padding: 16px 0 }}</sty
   return len(chosen)
 
 
-def open_codec(init: str, folder: str) -> encode.Codec:
-  """The codec of a workdir or a checkpoint; "" = the tiny tokenizer, released sizes."""
-  if not init:
-    return encode.Codec(tokenizer=tokenizer.make_tiny(folder, world.scaffolds()))
-  root, section = pathlib.Path(init).expanduser(), {}
-  if (root / "config.json").is_file():
-    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    section = config.get("codec", {})
-    if "budgets" in section:
-      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
-  return encode.Codec(tokenizer=tokenizer.load(root / "tokenizer"), **section)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,14 +248,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error("--records and --thumbnails must be 1 or more")
   with tempfile.TemporaryDirectory() as folder:
     try:
-      codec = open_codec(args.init, folder)
+      if args.init:
+        codec = start.open_codec(args.init)
+      else:
+        words = tokenizer.make_tiny(folder, world.scaffolds())
+        codec = start.make_codec(words, {})
       source = sources.open_source(args.uri, root=args.root, codec=codec)
       pack.check_limits(args.tokens, args.patches)
-    except (
-      sources.SourceError,
-      tokenizer.TokenizerError,
-      pack.PackError,
-    ) as error:
+    except (ValueError, checkpoint.CheckpointError) as error:
       parser.error(str(error))
     found = look(source, codec, args.records)
     lines = tell(args.uri, found, codec, args.tokens, args.patches)
