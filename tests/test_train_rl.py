@@ -23,7 +23,9 @@ def rl():
   config.data.shards, config.eval.tasks = 2, 3
   config.rl.update(prompts_per_step=4, group_size=4, rows=4, tokens=256, patches=512)
   config.rollout.update(max_turns=2, max_new_tokens=4)
-  config.engine.update(slots=16, max_len=256, prompt_len=192, extend_rows=4)
+  config.engine.update(
+    slots=16, max_prompt=192, max_len=256, prompt_len=192, extend_rows=4
+  )
   return config
 
 
