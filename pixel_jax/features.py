@@ -110,10 +110,8 @@ class Bank:
     """Encodes pictures; key -> f[M D] in window order."""
     sharding = NamedSharding(self._mesh, parallel.ROWS)
     made, told, times = {}, [], self._mesh.size
-    for size, group in pictures.calls(missing, self._patches, times):
-      rows = pictures.as_rows(
-        group, times * pictures.row_count(size, self._patches), size
-      )
+    for size, count, group in pictures.calls(missing, self._patches, times):
+      rows = pictures.as_rows(group, count, size)
       told.append((group, self._encode(self._tower, jax.device_put(rows, sharding))))
     for group, features in told:  # after all of them were sent off
       for p, x in zip(group, np.asarray(features)):

@@ -184,25 +184,24 @@ def train(
   return step_once if policy else step_each
 
 
-def packed(examples: Sequence, row: tuple[int, int, int]) -> list[Batch]:
+def packed(
+  examples: Sequence, row: tuple[int, int, int], bank: features.Bank | None = None
+) -> list[Batch]:
   """The micro-batches that `examples` fill, packed as the trainer packs them."""
   B, T, P = row
   bins = [[examples[i] for i in b] for b in pack.first_fit(examples, T, P)]
   groups = [bins[i : i + B] for i in range(0, len(bins), B)]
-  return [_on_device(pack.collate(g, T, P, num_rows=B)) for g in groups]
+  rows = [pack.collate(g, T, P, num_rows=B, apart=bank is not None) for g in groups]
+  return [_on_device(bank.fill(r) if bank else r) for r in rows]
 
 
 def with_features(
   config: ModelConfig, params: Params, examples: Sequence, row: tuple[int, int, int]
 ) -> list[Batch]:
   """`packed`, with the frozen tower's features: what every epoch but the first meets."""
-  B, T, P = row
   text = optim.list_paths({"text": params["text"]})
-  bank = features.open_bank(config, params, text, patches=P, gib=8)
-  bins = [[examples[i] for i in b] for b in pack.first_fit(examples, T, P)]
-  groups = [bins[i : i + B] for i in range(0, len(bins), B)]
-  rows = [pack.collate(g, T, P, num_rows=B, apart=True) for g in groups]
-  return [_on_device(bank.fill(r)) for r in rows]
+  bank = features.open_bank(config, params, text, patches=row[2], gib=8)
+  return packed(examples, row, bank)
 
 
 def full(rows: Sequence) -> Batch:

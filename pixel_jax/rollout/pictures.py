@@ -19,6 +19,7 @@ from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode
 
 SMALLEST = 16  # patches of a row: the tiny world's crop
+Call = tuple[int, int, list[Pixels]]  # row size, rows, pictures: one a row
 
 
 def row_sizes(patches: int) -> list[int]:
@@ -56,17 +57,16 @@ class Bank:
     """Makes sure that all of these lie in the bank together; encodes what is missing."""
     wanted = {p.key: p for p in pictures}
     plan = calls([p for p in wanted.values() if p.key not in self._at], self._patches)
-    if self._next + self._room(plan) > len(self.features):
+    if self._next + _room(plan) > len(self.features):
       # Full: start over with what is wanted now.  The rest is encoded again on demand.
       self._at, self._next = {}, 0
       plan = calls(wanted.values(), self._patches)
-      if self._room(plan) > len(self.features):
+      if _room(plan) > len(self.features):
         raise ValueError(
-          f"{len(wanted)} pictures of one call need room for {self._room(plan)} "
+          f"{len(wanted)} pictures of one call need room for {_room(plan)} "
           f"features, the bank has {len(self.features)}. Raise the engine's `pages`."
         )
-    for size, batch in plan:
-      count = row_count(size, self._patches)
+    for size, count, batch in plan:
       rows = as_rows(batch, count, size)
       self.features = self._encode(self.features, rows, np.int32(self._next))
       for i, p in enumerate(batch):
@@ -75,19 +75,13 @@ class Bank:
       self.calls += 1
       self.encoded += len(batch)
 
-  def _room(self, plan: list[tuple[int, list[Pixels]]]) -> int:
-    """Features that the calls of a plan write."""
-    return sum(row_count(size, self._patches) * size // 4 for size, _ in plan)
-
   def rows(self, picture: Pixels) -> np.ndarray:
     """i32[M] row of the bank of each placeholder of a picture that `hold` has placed."""
     return self._at[picture.key] + picture.merged_row
 
 
-def calls(
-  pictures: Iterable[Pixels], patches: int, times: int = 1
-) -> list[tuple[int, list[Pixels]]]:
-  """(row size, pictures) of each call, the smallest sizes first, each in its order.
+def calls(pictures: Iterable[Pixels], patches: int, times: int = 1) -> list[Call]:
+  """(row size, rows, pictures) of each call, the smallest sizes first, each in its order.
 
   Args:
     patches: of the largest picture.
@@ -105,8 +99,13 @@ def calls(
   plan = []
   for size, group in by_size.items():
     n = times * row_count(size, patches)
-    plan += [(size, group[i : i + n]) for i in range(0, len(group), n)]
+    plan += [(size, n, group[i : i + n]) for i in range(0, len(group), n)]
   return plan
+
+
+def _room(plan: list[Call]) -> int:
+  """Features that the calls of a plan write."""
+  return sum(count * size // 4 for size, count, _ in plan)
 
 
 def as_rows(pictures: list[Pixels], num_rows: int, size: int) -> decode.Pictures:
