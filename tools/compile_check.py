@@ -136,6 +136,8 @@ def main(config):
 
 def choose_topology(config) -> str:
   """The one that the config is made for, or the flag's."""
+  if "topology" not in config:
+    raise start.ConfigError("only configs/sft.py and configs/rl.py have a train step")
   made, asked = config.topology, TOPOLOGY.value
   if made and asked and made != asked:
     raise start.ConfigError(

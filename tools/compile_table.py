@@ -19,6 +19,8 @@ from configs import common, pods
 
 DOC = pathlib.Path(__file__).parents[1] / "docs/pods.md"
 BEGIN, END = "<!-- made by tools/compile_check.py -->\n", "<!-- made until here -->\n"
+# Of a cell: where most is alive, and what the figures are of.
+PROGRAMS = {"sft": "update", "rl": "gradient,turn,decode"}
 ORDER = [("sft", "7b"), ("rl", "7b"), ("sft", "3b"), ("rl", "3b")]
 ORDER += [(kind, size) for size in ("32b", "72b") for kind in ("sft", "rl")]
 
@@ -72,6 +74,7 @@ def make(folder: pathlib.Path, count: int, effort: float) -> None:
     for cell in bar:
       bar.set_description(cell.file)
       command = [sys.executable, str(tool), *cell.arguments, "--largest"]
+      command += [f"--programs={PROGRAMS[cell.kind]}"]
       command += [f"--effort={effort}", f"--json={folder / cell.file}"]
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode not in (0, 1):  # 1: it does not fit, and the JSON says so
@@ -92,45 +95,69 @@ def table(folder: pathlib.Path) -> str:
     file = folder / cell.file
     if file.exists():
       found[cell] = json.loads(file.read_text())
-  dates = sorted(r["date"][:10] for r in found.values())
-  versions = sorted(
-    {f"{k} {v}" for r in found.values() for k, v in r["versions"].items()}
-  )
-  lines = [
-    f"\n{len(found)} of {len(list(cells()))} cells were compiled, {dates[0]} to "
-    f"{dates[-1]}, with {', '.join(versions)}.\n"
-    if found
-    else "\nNothing was compiled yet.\n"
-  ]
+  lines = [_head(list(found.values()))]
   for kind, title in (("sft", "SFT"), ("rl", "RL")):
-    lines.append(f"\n### {title}\n")
+    lines.append(f"\n### {title}")
     for size in [s for k, s in ORDER if k == kind]:
       lines += _rows(kind, size, found)
+  lines += _slices(folder)
   return "\n".join(lines) + "\n"
 
 
+def _head(reports: list[dict]) -> str:
+  if not reports:
+    return "\nNothing was compiled yet."
+  dates = sorted(r["date"][:10] for r in reports)
+  versions = sorted({f"{k} {v}" for r in reports for k, v in r["versions"].items()})
+  fast = sum(r["effort"] < 0 for r in reports)
+  return (
+    f"\n{len(reports)} of {len(list(cells()))} cells were compiled, {dates[0]} to "
+    f"{dates[-1]}, with {', '.join(versions)}; {fast} of them with --effort=-1 (*)."
+  )
+
+
 def _rows(kind: str, size: str, found: dict) -> Iterator[str]:
-  head = ["topology", "accelerator", "chips", "a device at a time", "remat"]
-  if kind == "rl":
-    head += ["engine"]
-  head += ["peak GiB", "of HBM", "by", "at least", "MFU at most"]
-  if kind == "rl":
-    head += ["decode at 4096 at most"]
-  yield f"\n**{size}**\n"
-  yield "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|"
+  yield from _title(kind, f"**{size}**")
   for topology, pod in pods.PODS.items():
     cell = Cell(kind, size, topology)
     begin = [topology, pod.accelerator, str(pod.chips)]
     report = found.get(cell)
     if report is None:
-      told = "not compiled" + " (no preset)" * (not cell.has_preset)
-      body = [told] + [""] * (len(head) - len(begin) - 1)
-    elif not cell.has_preset or told_off(report):
-      body = [told_off(report) or "fits, no preset yet"]
-      body += [""] * (len(head) - len(begin) - 1)
+      body = ["not compiled" + "; no preset" * (not cell.has_preset)]
+    elif told := told_off(report):
+      body = [told]
     else:
       body = _figures(kind, report)
+      body[0] += "; no preset" * (not cell.has_preset)
+    body += [""] * (len(_columns(kind)) - len(begin) - len(body))
     yield "| " + " | ".join(begin + body) + " |"
+
+
+def _slices(folder: pathlib.Path) -> Iterator[str]:
+  reports = [json.loads(f.read_text()) for f in sorted(folder.glob("*.json"))]
+  for kind in ("sft", "rl"):
+    title = "Several slices, data parallel between them"
+    for report in reports:
+      if report["slices"] > 1 and (kind == "rl") == ("rl" in report["config"]):
+        yield from _title(kind, f"### {title}") if title else ()
+        title = ""
+        where = f"{report['topology']} x {report['slices']}"
+        size = report["config"]["model"]["name"]
+        begin = [f"{where}, {size}", report["accelerator"], str(report["chips"])]
+        yield "| " + " | ".join(begin + _figures(kind, report)) + " |"
+
+
+def _title(kind: str, title: str) -> Iterator[str]:
+  head = _columns(kind)
+  yield f"\n{title}\n"
+  yield "| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|"
+
+
+def _columns(kind: str) -> list[str]:
+  head = ["topology", "accelerator", "chips", "a device at a time", "remat"]
+  engine = ["engine"] * (kind == "rl")
+  head += [*engine, "peak GiB", "of HBM", "by", "at least", "MFU at most"]
+  return head + ["decode at 4096, at most"] * (kind == "rl")
 
 
 def told_off(report: dict) -> str:
@@ -160,14 +187,16 @@ def _figures(kind: str, report: dict) -> list[str]:
       f"{config['fleet']['tensor']} devices, {config['engine']['slots']} slots"
     )
   out += [
-    f"{worst['peak_bytes'] / compile_cost.GIB:.1f}",
+    f"{worst['peak_bytes'] / compile_cost.GIB:.1f}" + "*" * (report["effort"] < 0),
     f"{worst['share']:.0%}",
     worst["name"].partition(" ")[0],
     f"{step['roofline_s'] * 1e3:.0f} ms",
     f"{step['mfu_ceiling']:.0%}",
   ]
   if kind == "rl":
-    decode = next(r for r in rows if r["name"].startswith("decode"))
+    decode = max(
+      (r for r in rows if r["name"].startswith("decode")), key=lambda r: r["tokens"]
+    )
     at = decode["contexts"]["4096"]
     out.append(f"{decode['tokens'] / at['seconds']:,.0f} tokens/s")
   return out
