@@ -6,6 +6,7 @@ up as train_rl holds it.
 """
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -20,7 +21,6 @@ from compile_programs import (
   Run,
   device_bytes,
   pictures_of,
-  place,
   sizes,
 )
 
@@ -28,33 +28,27 @@ from pixel_jax import parallel, start
 from pixel_jax.batch import Prompts
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
-from pixel_jax.model import hf, qwen2_5_vl, table
-from pixel_jax.rollout import decode, engine, pictures
+from pixel_jax.model import hf, qwen2_5_vl
+from pixel_jax.rollout import decode, engine, fleet, pictures
 
 
 def programs(run: Run) -> Iterator[Program]:
   """Of one engine as train_rl uses it: a group of `fleet.tensor` devices of a host."""
-  model, tensor = run.model.merged, run.config.fleet.tensor
-  train = weights(run)
+  tensor, train = run.config.fleet.tensor, run.state["params"]
   held = device_bytes(run.state)  # stays where it is through the rollouts
-  flat = table.unnest(train)
-  held += device_bytes([flat[f"{path}/w"] for path in table.adapted(run.model)])
-  params = train
-  if run.mesh.size > 1:
-    mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
-    # Cast before they are gathered, so that half as much travels.
-    reshard = parallel.resharder(
-      mesh, train, hf.logical_axes(model), jnp.dtype(model.dtype)
-    )
-    params = reshard.eval_shape(train)
-    group = list(run.mesh.devices.flat)[:tensor]
-    params = jax.tree.map(
-      lambda x: x.update(sharding=parallel.local_sharding(x, group)), params
-    )
-    cost = compile_cost.Cost(bytes=device_bytes((train, params)))
-    rest = held - device_bytes(train)
-    yield Program("reshard", "sync", lambda: reshard.lower(train), cost, rest)
-    held += device_bytes(params)  # the caller of the engine keeps them
+  mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
+  prepare = functools.partial(fleet.prepare, run.model)
+  axes = hf.logical_axes(run.model.merged)
+  reshard = parallel.resharder(mesh, train, axes, prepare)
+  group = list(run.mesh.devices.flat)[:tensor]
+  params = jax.tree.map(
+    lambda x: x.update(sharding=parallel.local_sharding(x, group)),
+    reshard.eval_shape(train),
+  )
+  cost = compile_cost.Cost(bytes=device_bytes((train, params)))
+  rest = held - device_bytes(train)
+  yield Program("reshard", "sync", lambda: reshard.lower(train), cost, rest)
+  held += device_bytes(params)  # the fleet keeps them through the rollouts
   e = open_engine(run)
   yield from _engine(run, e, params, held)
 
@@ -66,7 +60,7 @@ def refusal(run: Run, limit: float) -> str | None:
   the weights in the compute dtype, and of the keys and values of eight slots.
   """
   tensor = run.config.fleet.tensor
-  numbers = sum(sizes(weights(run)).values())
+  numbers = sum(sizes(qwen2_5_vl.abstract(run.model.merged)).values())
   held = {
     "train state": device_bytes(run.state),
     "weights": numbers * jnp.dtype(run.model.dtype).itemsize / tensor,
@@ -87,7 +81,9 @@ def wider(run: Run) -> str:
   knobs = [f"config.fleet.tensor={2 * tensor}"] * (
     tensor < 4 and run.mesh.size > tensor
   )
-  knobs += [f"config.engine.max_len={e.max_len // 2}"]
+  knobs += [
+    f"config.engine.max_len={e.max_len // 2} and .max_prompt={e.max_prompt // 2}"
+  ]
   knobs += ["config.lora.rank=32"] * (not run.config.lora.rank)
   return f"use {', '.join(knobs)} or devices with more memory"
 
@@ -98,20 +94,6 @@ def slot_bytes(run: Run) -> float:
   cut = run.config.fleet.tensor if t.kv_heads % run.config.fleet.tensor == 0 else 1
   tokens = e.max_own + e.prompts * e.max_prompt / e.slots
   return tokens * compile_cost.cache_bytes(run.model) / cut
-
-
-def weights(run: Run) -> dict:
-  """What is sent to the engines, abstract, on the train mesh: adapters are merged."""
-  model = run.model.merged
-  have = table.unnest(run.state["params"])
-  whole = table.unnest(qwen2_5_vl.abstract(model))
-  changed = {f"{path}/w" for path in table.adapted(run.model)}
-  for path, x in whole.items():
-    dtype = have[path].dtype
-    if path in changed:  # as `qwen2_5_vl.merge` does
-      dtype = jnp.promote_types(dtype, model.dtype)
-    whole[path] = x.update(dtype=dtype)
-  return place(table.nest(whole), start.layout(model, run.mesh))
 
 
 def open_engine(run: Run) -> engine.Engine:
@@ -135,13 +117,6 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   tensor = run.config.fleet.tensor
-  if qwen2_5_vl.is_wide(model, params):
-    full, params = params, jax.eval_shape(p.cast, params)
-    params = jax.tree.map(lambda x, y: y.update(sharding=x.sharding), full, params)
-    cost = compile_cost.Cost(bytes=device_bytes((full, params)))
-    rest = held - device_bytes(full)
-    yield Program("cast", "sync", lambda: p.cast.lower(full), cost, rest)
-    held += device_bytes(params)
   cache, prompts, slots, bank = alive = p.open.eval_shape()
   cost = compile_cost.Cost(bytes=device_bytes(alive))
   yield Program("open", "rollout", p.open.lower, cost, held)
