@@ -11,12 +11,15 @@ from pixel_jax import parallel
 
 
 class Notice:
-  """Catches SIGTERM from now on; made after `parallel.initialize`, whose own handler it
-  takes the place of."""
+  """Catches SIGTERM until it is closed.
+
+  Made after `parallel.initialize`: jax has a handler of its own then, which notes the
+  signal for its own protocol and nothing else.
+  """
 
   def __init__(self):
     self._given = False
-    signal.signal(signal.SIGTERM, self._catch)
+    self._before = signal.signal(signal.SIGTERM, self._catch)
 
   def given(self) -> bool:
     """Whether this process was told."""
@@ -25,6 +28,10 @@ class Notice:
   def agreed(self) -> bool:
     """Whether any process was told; all of them ask together."""
     return parallel.agree(self._given, "any")
+
+  def close(self) -> None:
+    """SIGTERM means again what it did."""
+    signal.signal(signal.SIGTERM, self._before)
 
   def _catch(self, number, frame) -> None:
     self._given = True

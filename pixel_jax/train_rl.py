@@ -10,7 +10,6 @@ the same workdir continues where it stopped, bit for bit.
 
 import collections
 import functools
-import itertools
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from pixel_jax import (
   preemption,
   start,
   trajectory,
-)  # fmt: skip
+)
 from pixel_jax.chat import encode
 from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import common
@@ -151,13 +150,12 @@ def main(config, workdir):
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
       m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
       scored = score(groups, parts, advantage, grpo.kept(mask), step)
-      examples = {
-        s: [e for e in x if pack.fits(e, **limits)] for s, x in scored.items()
-      }
+      examples = within(scored, **limits)
       chosen, replayed = choose(memory, examples, (config.seed, step))
       work = parallel.total({
         "kept": count(scored), "fit": count(examples), "replayed": replayed,
         "sampled": sum(sum(f.trajectory.sampled) for g in groups for f in g),
+        "tokens": sum(e.weight.sum() for x in examples.values() for e in x),
       })  # fmt: skip
       m["rollout/too_long"] = work["kept"] - work["fit"]
     with writer.timer("update"):
@@ -166,11 +164,10 @@ def main(config, workdir):
       alone = config.rl.minibatches == 1 and not work["replayed"]
       if not alone:
         plan = [([before(state, b) for b in batches], own) for batches, own in plan]
-      # Rollouts without an advantage have no gradient, but they count as tokens.
-      every = count_tokens(itertools.chain.from_iterable(examples.values()))
       updated, cost = [], collections.Counter()
       for batches, own in plan:
-        tokens = every if alone else own
+        # Rollouts without an advantage have no gradient, but they count as tokens.
+        tokens = max(work["tokens"], 1.0) if alone else own
         state, um, spent = update(state, batches, own, tokens)
         updated.append(um)
         cost.update(spent)
@@ -194,6 +191,7 @@ def main(config, workdir):
     saver.save(step, state, of_hosts())
   saver.close()
   writer.close()
+  notice.close()
   metrics.say(metrics.ended(step, config.total_steps))
   metrics.say(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
 
@@ -331,6 +329,11 @@ def score(groups, parts, advantage, kept, step):
       if kept[q, g]:
         examples[t.task.shard].append(encode.example(t, finished.pixels))
   return examples
+
+
+def within(examples, **limits):
+  """Those that a row can hold."""
+  return {s: [e for e in x if pack.fits(e, **limits)] for s, x in examples.items()}
 
 
 def choose(memory, examples, seed):

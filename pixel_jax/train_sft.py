@@ -10,15 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pixel_jax import (
-  checkpoint,
-  features,
-  metrics,
-  optim,
-  parallel,
-  preemption,
-  start,
-)  # fmt: skip
+from pixel_jax import checkpoint, features, metrics, optim, parallel, preemption, start
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import flops, qwen2_5_vl
 
@@ -124,6 +116,7 @@ def main(config, workdir):
     saver.save(done, state, {"data": train.get_state()})
   saver.close()
   writer.close()
+  notice.close()
   metrics.say(metrics.ended(done, config.total_steps))
   metrics.say(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
 

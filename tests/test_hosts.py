@@ -53,6 +53,7 @@ SMALL_RL = SMALL | {
 CHILD = """
 import importlib, os, pathlib, sys, time, zlib
 rank = os.environ.get("JAX_PROCESS_ID", "0")
+sys.modules["torch"] = None  # which TensorBoard's writer would import, two seconds
 notes = pathlib.Path(os.environ["NOTES"]) / rank
 notes.mkdir(parents=True, exist_ok=True)
 (notes / "pid").write_text(str(os.getpid()))
@@ -79,6 +80,8 @@ def late(self, *args, **kwargs):
   if rank == "1" and not (notes / "slept").exists():
     note("slept", "")
     time.sleep(float(os.environ.get("SLEEP", "0")))
+  if "force" not in kwargs:  # in training: so that there are operations, if bad ones
+    kwargs["force"] = "operate"
   return play(self, *args, **kwargs)
 
 sources.World.__getitem__, sources.World.load_media = noted_item, noted_load
@@ -255,6 +258,7 @@ def test_rl_of_two_uneven_processes_goes_on_with_four(sft, rl, tmp_path):
   assert_close(ours, read_metrics(rl))
   assert not any(r["optim/skipped"] for r in ours)
   assert all(np.isfinite(r["loss"]) and r["optim/grad_norm"] > 0 for r in ours)
+  assert all(r["ops/per_rollout"] >= 1 and r["ops/error_rate"] > 0 for r in ours)
   for step in (1, 2, 3):
     assert played(workdir, step) == played(rl, step)
     assert len(played(rl, step)) == 4 * 4

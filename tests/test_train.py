@@ -195,6 +195,8 @@ def test_killed_rl_goes_on_bit_for_bit(able, rl, step, number, tmp_path):
 def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
   mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   small, one = (SMALL_SFT, base) if entry is SFT else (SMALL_RL, rl)
+  if entry is RL:
+    mesh["fleet.tensor"] = 2  # four engines for four shards
   init = {} if entry is SFT else {"init": able}
   run(entry, tmp_path / "run", devices=8, **init, **small, **mesh)
   # Later steps start from parameters that other roundings have moved apart.
