@@ -124,9 +124,9 @@ def test_the_root_itself_may_be_the_folder_and_links_lead_nowhere(tmp_path):
 @pytest.mark.parametrize(
   ("uri", "says"),
   [
-    ("images:none", "no folder or zip"),
-    ("images:empty", "no folder or zip"),
-    ("images:cut.zip", "no folder or zip"),
+    ("images:none", "No such file.*expected a folder, or a whole zip"),
+    ("images:empty", r"no picture \(.jpg"),
+    ("images:cut.zip", "not a zip file; expected a folder, or a whole zip"),
     ("images:..", "outside of the root"),
     ("images:/etc", "outside of the root"),
   ],

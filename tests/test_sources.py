@@ -107,6 +107,7 @@ def test_lines_in_any_order(tmp_path):
     (json.dumps(record(question=" ")), "no question"),
     (json.dumps(record(media=[{"kind": "image"}])), "path"),
     (json.dumps(record(media=3)), "not iterable"),
+    (json.dumps(record(media="a.png")), "expected a list of"),
     (json.dumps({"task": 3}), "x.jsonl#1"),
   ],
 )
@@ -116,6 +117,13 @@ def test_bad_lines_say_where_and_why(tmp_path, line, says):
   assert source[0].id == "q"
   with pytest.raises(records.BadRecord, match=says):
     source[1]
+
+
+def test_the_mark_of_windows_is_no_part_of_a_line(tmp_path):
+  text = json.dumps(record())
+  (tmp_path / "x.jsonl").write_bytes(f"\ufeff{text}\r\n{text}\r\n".encode())
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
+  assert [source[i].id for i in range(len(source))] == ["q", "q"]
 
 
 def test_numbers_are_answers_and_ids(tmp_path):

@@ -13,6 +13,8 @@ from pixel_jax import train_rl, trajectory
 from pixel_jax.evals import common
 from pixel_jax.pixels import image
 
+pytestmark = pytest.mark.slow  # the programs are compiled once for all
+
 
 @pytest.fixture(scope="module")
 def rl():
@@ -98,9 +100,9 @@ def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
   few = layouts.text_only(tmp_path, 4)
   uri = f"{layouts.pixel_reasoner_rl(tmp_path, 9)},{few}"
   with (tmp_path / "text.jsonl").open("a") as f:
-    f.write('{"question": "And what is this?", "answer": ""}\n' * 2)
+    f.write('{"question": "And what is this?", "answer": ""}\n' * 6)
   filter = dict(min_tokens=0, max_tokens=0, min_pixels=0, max_pixels=50 * 64)
-  share = dict(weights=(0.5, 0.5), max_bad_share=0.5, filter=filter)
+  share = dict(weights=(0.5, 0.5), max_bad_share=0.9, filter=filter)
   lines, played = run(tmp_path, uri, "mixture", eval_uri=few, steps=3, **share)
   kinds = collections.Counter(len(t.task.media) for t in played)
   assert kinds[0] and kinds[1]

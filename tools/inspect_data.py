@@ -60,13 +60,14 @@ class Look:
   read: int
   fields: collections.Counter
   seen: list[Seen]
-  bad: collections.Counter  # reasons without their names and numbers
+  bad: collections.Counter  # reasons, told by the first record that has each
 
 
 def look(source, codec: encode.Codec, most: int) -> Look:
   """Reads `most` records, drawn from a fixed seed."""
   count = min(len(source), most)
   found = Look(len(source), count, collections.Counter(), [], collections.Counter())
+  told: dict[str, str] = {}  # without names and numbers -> as it was first said
   drawn = np.random.default_rng(0).permutation(len(source))[:count]
   for i in tqdm(sorted(drawn.tolist()), desc="records", leave=False, disable=None):
     try:
@@ -74,8 +75,9 @@ def look(source, codec: encode.Codec, most: int) -> Look:
         found.fields.update(source.records[i].keys())
       found.seen.append(_see(source, codec, i))
     except Exception as error:  # a decoder of a damaged file raises anything
-      name = re.sub(r"'[^']*'|\S*[/#]\S*|\d+", "·", str(error))
-      found.bad[f"{type(error).__name__}: {name[:100]}"] += 1
+      said = f"{type(error).__name__}: {error}"
+      kind = re.sub(r"'[^']*'|\S*[/#]\S*|0x\w+|\d+", "·", said)
+      found.bad[told.setdefault(kind[:120], said[:240])] += 1
   return found
 
 

@@ -130,6 +130,11 @@ def _task(record) -> Task:
     raise BadRecord(
       f"a task needs {', '.join(NEEDED)}; missing {missing}, unknown {unknown}"
     )
+  if not all(isinstance(m, dict) for m in record["media"]):
+    raise BadRecord(
+      f"media is {record['media']!r:.80}; expected a list of "
+      '{"kind": "image" or "video", "path": ...}'
+    )
   media, golds = [Media(**m) for m in record["media"]], record["answer"]
   if isinstance(golds, list):
     golds = [g if isinstance(g, str) else _gold(g) for g in golds]

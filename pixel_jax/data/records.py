@@ -209,7 +209,8 @@ class _Spans:
   def __getitem__(self, i: int) -> Any:
     start, end = (int(x) for x in self._spans[i])
     # pread has no file position, so threads may read at the same time.
-    return json.loads(os.pread(self._file, end - start, start).decode("utf-8"))
+    # The mark (BOM) that Windows puts before the first line is no part of it.
+    return json.loads(os.pread(self._file, end - start, start).decode("utf-8-sig"))
 
 
 class _Lines(_Spans):
@@ -339,21 +340,23 @@ class _Images:
     base = pathlib.Path(root or ".").resolve()
     try:
       full = resolve(rest, root, "folder")
-      if zipfile.is_zipfile(full):
-        with zipfile.ZipFile(full) as archive:
-          found = [f"zip:{rest}!{name}" for name in archive.namelist() if _shows(name)]
-      else:
+      if full.is_dir():
         found = [
           (pathlib.Path(folder) / name).relative_to(base).as_posix()
           for folder, _, names in os.walk(full)
           for name in names
           if _shows(name)
         ]
+      else:
+        with zipfile.ZipFile(full) as archive:
+          found = [f"zip:{rest}!{name}" for name in archive.namelist() if _shows(name)]
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-      raise SourceError(f"images:{rest}: {_short(error)}") from error
+      raise SourceError(
+        f"images:{rest}: {_short(error)}; expected a folder, or a whole zip"
+      ) from error
     if not found:
       raise SourceError(
-        f"images:{rest}: {full} is no folder or zip with pictures ({', '.join(PICTURES)})"
+        f"images:{rest}: no picture ({', '.join(PICTURES)}) is in {full}"
       )
     self._names = sorted(found)
 
