@@ -8,7 +8,7 @@ import json
 
 from tqdm import tqdm
 
-from pixel_jax import checkpoint, metrics, parallel, start, trajectory
+from pixel_jax import bucket, checkpoint, metrics, parallel, start, trajectory
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.evals import common
 from pixel_jax.rollout import engine
@@ -48,9 +48,10 @@ def main(config, workdir):
       row = {"name": name, "policy": init, "weights": weights, "modes": modes}
     result["rows"].append(row)
     file.write_text(json.dumps(result, indent=1))
+    bucket.sync(workdir)
     print(table([row]))
   print(f"done: {metrics.compiled()}")
-  print(f"in {workdir}: evaluation.json, trajectories/")
+  print(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
 
 
 def reusable(file, settings) -> dict[tuple, dict]:

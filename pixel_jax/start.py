@@ -9,15 +9,15 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import sys
+import tempfile
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pixel_jax import checkpoint, metrics, optim, parallel
+from pixel_jax import bucket, checkpoint, metrics, optim, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
@@ -65,11 +65,16 @@ def run(main, needs_workdir: bool = True) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if needs_workdir:
-        main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
+        workdir = bucket.mount(WORKDIR.value)
+        try:
+          main(CONFIG.value, workdir)
+        finally:
+          bucket.sync(workdir)
       else:
         main(CONFIG.value)
     except (
       ConfigError,
+      bucket.BucketError,
       checkpoint.CheckpointError,
       pipeline.DataError,
       sources.SourceError,
@@ -123,17 +128,18 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes the workdir and writes config.json; caches compiled programs beside it."""
   workdir.mkdir(parents=True, exist_ok=True)
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
-  if (workdir / "checkpoints").is_dir() and file.exists():
+  lasting = bucket.behind(workdir)
+  if (lasting / "checkpoints").is_dir() and file.exists():
     old, new = json.loads(file.read_text()), json.loads(text)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     differ = [k for k in differ if k not in FREE]
     if differ:
       raise ConfigError(
-        f"{workdir} was begun with another config ({', '.join(differ)}); continue with "
+        f"{lasting} was begun with another config ({', '.join(differ)}); continue with "
         "the same, or give a new --workdir"
       )
   file.write_text(text + "\n")
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", workdir.parent / "compiled")
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", lasting.parent / "compiled")
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   parallel.initialize()
@@ -206,13 +212,13 @@ def open_policy(
   if adapters and adapters["rank"]:
     asked = call("lora", lora.Config, **adapters)
   if init:
-    root = pathlib.Path(init).expanduser().resolve()
-    if not root.exists():
+    root = bucket.behind(init)
+    if not root.is_dir():
       raise ConfigError(
         f"config.init: {root} does not exist; give a workdir or what tools/convert.py "
         "wrote"
       )
-    words = tokenizer.load(root / "tokenizer")
+    words = _load_tokenizer(root / "tokenizer")
     extra = checkpoint.load_extra(root)
     config = model_config.from_hf(extra["model"])
   elif name == "tiny":
@@ -233,7 +239,7 @@ def open_policy(
     )
   if not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
-    shutil.copytree(root / "tokenizer", workdir / "tokenizer")
+    bucket.fetch(root / "tokenizer", workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
   call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
@@ -255,8 +261,16 @@ def open_policy(
   return Policy(config, talk, params, init or "fresh", extra.get("hf"))
 
 
+def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:
+  if isinstance(folder, pathlib.Path):
+    return tokenizer.load(folder)
+  with tempfile.TemporaryDirectory() as local:  # transformers reads local files
+    bucket.fetch(folder, pathlib.Path(local) / "tokenizer")
+    return tokenizer.load(pathlib.Path(local) / "tokenizer")
+
+
 def load(
-  root: pathlib.Path,
+  root: bucket.Folder,
   config: model_config.ModelConfig,
   found: lora.Config | None,
   *,

@@ -166,7 +166,7 @@ def main(config, workdir):
   saver.close()
   writer.close()
   print(f"done: {config.total_steps} steps, {metrics.compiled()}")
-  print(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
+  print(f"in {saver.directory.parent}: metrics.jsonl, trajectories/, checkpoints/")
 
 
 def programs(config, model, tx, schedule, state):

@@ -104,7 +104,7 @@ def main(config, workdir):
   saver.close()
   writer.close()
   print(f"done: {config.total_steps} steps, {metrics.compiled()}")
-  print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
+  print(f"in {saver.directory.parent}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
 def programs(config, model, tx, schedule, state):

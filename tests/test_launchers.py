@@ -63,7 +63,8 @@ class Cloud:
     self.here = here
     (here / "bin").mkdir()
     text = FAKE.format(
-      python=sys.executable, here=str(here), git=shutil.which("git"), tar=shutil.which("tar")
+      python=sys.executable, here=str(here),
+      git=shutil.which("git"), tar=shutil.which("tar"),
     )  # fmt: skip
     for name in ("gcloud", "xpk", "srun", "env", "git", "tar", "scontrol", "scancel"):
       (here / "bin" / name).write_text(text)
