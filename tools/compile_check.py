@@ -28,6 +28,7 @@ import time
 import compile_cost
 import compile_engine
 import compile_hlo
+import compile_plan
 import compile_programs
 import jax
 from absl import flags
@@ -39,6 +40,7 @@ from pixel_jax import start
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5p:4x4x4 or h200:8.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
 PROGRAMS = flags.DEFINE_list("programs", [], "Only those whose names begin so.")
+PLAN = flags.DEFINE_bool("plan", False, "Estimates a step of RL; compiles nothing.")
 JSON = flags.DEFINE_string("json", None, "Where the figures go.")
 EFFORT = flags.DEFINE_float(
   "effort", 0.0, "jax_exec_time_optimization_effort: -1 takes half the time to compile."
@@ -70,6 +72,8 @@ def main(config):
   if name not in compile_cost.TOPOLOGIES:
     known = ", ".join(compile_cost.TOPOLOGIES)
     raise start.ConfigError(f"--topology={name} is unknown; known: {known}")
+  if PLAN.value:
+    return compile_plan.main(config, name, JSON.value)
   chip = compile_cost.CHIPS[name.partition(":")[0]]
   devices = open_devices(name, SLICES.value)
   jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
