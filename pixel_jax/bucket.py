@@ -61,6 +61,11 @@ def behind(folder: str | pathlib.Path) -> Folder:
   return _mounts[place].remote if place in _mounts else place
 
 
+def is_shared(workdir: pathlib.Path) -> bool:
+  """Whether all processes of a run see this folder; of a bucket each has its own."""
+  return workdir not in _mounts
+
+
 def fetch(folder: Folder, into: pathlib.Path) -> None:
   """Copies a folder with all that is in it; `into` must not exist."""
   if isinstance(folder, pathlib.Path):

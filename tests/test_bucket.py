@@ -77,6 +77,7 @@ def test_small_files_come_and_go(storage):
 
 def test_a_process_writes_what_is_its_own(storage, monkeypatch):
   workdir = bucket.mount("gs://runs/b")
+  assert not bucket.is_shared(workdir)
   shared = ["metrics.jsonl", "step_000003.jsonl"]
   others = ["quarantine_13.jsonl", "step_000001.013.jsonl"]
   for name in (*shared, *others, "quarantine_3.jsonl", "step_000001.003.jsonl"):
@@ -97,6 +98,7 @@ def test_what_is_no_bucket_is_told(place):
 def test_a_local_workdir_stands_behind_itself(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   assert bucket.mount("runs/a") == tmp_path / "runs/a" == bucket.behind("runs/a")
+  assert bucket.is_shared(tmp_path / "runs/a")
   assert not (tmp_path / "runs").exists()
   bucket.sync(tmp_path)
 
