@@ -144,6 +144,15 @@ def test_what_was_preempted_is_queued_again(cloud):
   assert verbs == [*first, "describe", "delete", "create", "describe", "scp", "ssh"]
 
 
+@pytest.mark.parametrize("code", ["143", "255"])
+def test_what_was_told_to_stop_or_lost_its_connection_goes_on(code, cloud):
+  cloud.say("codes", code, "0")
+  done = cloud.launch(*QUEUE, *JOB)
+  assert done.returncode == 0, done.stderr
+  verbs = [c[4] for c in cloud.calls() if c[0] == "gcloud"]
+  assert verbs == ["describe", "scp", "ssh", "describe", "describe", "scp", "ssh"]
+
+
 def test_a_program_that_fails_is_not_run_again(cloud):
   cloud.say("codes", "3")
   done = cloud.launch(*QUEUE, *JOB)

@@ -12,8 +12,8 @@ import sys
 
 import pytest
 
-from configs import rl
-from pixel_jax import trajectory
+from configs import rl, sft
+from pixel_jax import start, trajectory
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
@@ -217,10 +217,5 @@ def test_the_report_labels_every_figure(tmp_path):
 
 
 def test_a_step_of_sft_is_not_planned():
-  done = subprocess.run(
-    [sys.executable, "tools/compile_check.py", "--config=configs/sft.py:7b", "--plan",
-     "--topology=v5p:4x4x4"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    timeout=300,
-  )  # fmt: skip
-  assert done.returncode == 2 and "configs/rl.py" in done.stderr
+  with pytest.raises(start.ConfigError, match="configs/rl.py"):
+    compile_plan.main(sft.get_config("7b"), "v5p:4x4x4", None)
