@@ -88,10 +88,10 @@ def test_a_histogram_is_read_from_the_newest_step_of_all_hosts(tmp_path):
 
 def test_weights_go_to_engines_over_the_links(config, model):
   got = plan(config, model, "1:1000.0/200")["reshard"]
-  assert got.ici == pytest.approx(4 * NUMBERS * 63 / 64 / ICI) and not got.dcn
+  assert got.ici == pytest.approx(2 * NUMBERS * 63 / 64 / ICI) and not got.dcn
   # Each slice holds all of them: nothing passes between slices.
   got = plan(config, model, "1:1000.0/200", slices=4)["reshard"]
-  assert got.ici == pytest.approx(4 * NUMBERS * 15 / 16 / ICI) and not got.dcn
+  assert got.ici == pytest.approx(2 * NUMBERS * 15 / 16 / ICI) and not got.dcn
 
 
 def test_decoding_reads_weights_and_cache(config, model):

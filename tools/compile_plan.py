@@ -235,9 +235,10 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   def seconds(cost: compile_cost.Cost) -> float:
     return max(cost.seconds(chip, 0).values())
 
-  # ---- Weights: gathered whole for each engine, f32, from the shards of its slice ----
+  # ---- Weights: narrowed, then gathered for each engine from the shards of its slice ----
   shards = machine.devices // machine.slices
-  moved = compiled.get("reshard", 4 * model.numbers / tensor * (1 - tensor / shards))
+  narrow = (4 if c.dtype == "float32" else 2) * model.numbers
+  moved = compiled.get("reshard", narrow / tensor * (1 - tensor / shards))
   reshard = Phase(ici=moved / chip.ici, label=_label(compiled, "reshard"))
 
   # ---- Pictures: those of a prompt once a group, those of calls once each ----
