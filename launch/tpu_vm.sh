@@ -115,10 +115,13 @@ while :; do
   [ -n "$accelerator" ] || exit "$code"
   sleep "${PIXEL_JAX_POLL:-30}"  # a machine that is being taken away is ACTIVE a while
   ask
-  if [ "$state" = ACTIVE ]; then
-    echo "error: the run ended with $code; its logs are in $workdir/logs" >&2
-    exit "$code"
-  fi
-  echo "$name was taken away (${state:-gone}); queueing again"
+  case "$state $code" in
+    "ACTIVE 143") echo "$name: a machine was told to stop; going on" ;;
+    "ACTIVE 255") echo "$name: the connection was lost; following again" ;;
+    "ACTIVE "*)
+      echo "error: the run ended with $code; its logs are in $workdir/logs" >&2
+      exit "$code" ;;
+    *) echo "$name was taken away (${state:-gone}); queueing again" ;;
+  esac
 done
 [ -n "$dry_run" ] || echo "in $workdir: metrics.jsonl, checkpoints/, logs/"

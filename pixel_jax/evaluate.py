@@ -11,7 +11,7 @@ import json
 import jax
 from tqdm import tqdm
 
-from pixel_jax import checkpoint, metrics, parallel, start, trajectory
+from pixel_jax import bucket, checkpoint, metrics, parallel, start, trajectory
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.evals import common
 from pixel_jax.rollout import engine, fleet
@@ -52,9 +52,10 @@ def main(config, workdir):
     result["rows"].append(row)
     if jax.process_index() == 0:
       file.write_text(json.dumps(result, indent=1))
+    bucket.sync(workdir)
     metrics.say(table([row]))
   metrics.say(f"done: {metrics.compiled()}")
-  metrics.say(f"in {workdir}: evaluation.json, trajectories/")
+  metrics.say(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
 
 
 def reusable(file, settings) -> dict[tuple, dict]:

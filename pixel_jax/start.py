@@ -9,8 +9,8 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import sys
+import tempfile
 import traceback
 from collections.abc import Mapping
 from typing import Any
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pixel_jax import checkpoint, metrics, optim, parallel
+from pixel_jax import bucket, checkpoint, metrics, optim, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
@@ -68,11 +68,16 @@ def run(main, needs_workdir: bool = True) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if needs_workdir:
-        main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
+        workdir = bucket.mount(WORKDIR.value)
+        try:
+          main(CONFIG.value, workdir)
+        finally:
+          bucket.sync(workdir)
       else:
         main(CONFIG.value)
     except (
       ConfigError,
+      bucket.BucketError,
       checkpoint.CheckpointError,
       pipeline.DataError,
       sources.SourceError,
@@ -142,19 +147,20 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   parallel.initialize()
   workdir.mkdir(parents=True, exist_ok=True)
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
-  if (workdir / "checkpoints").is_dir() and file.exists():
+  lasting = bucket.behind(workdir)
+  if (lasting / "checkpoints").is_dir() and file.exists():
     old, new = json.loads(file.read_text()), json.loads(text)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     differ = [k for k in differ if k not in FREE]
     if differ:
       raise ConfigError(
-        f"{workdir} was begun with another config ({', '.join(differ)}); continue with "
+        f"{lasting} was begun with another config ({', '.join(differ)}); continue with "
         "the same, or give a new --workdir"
       )
   parallel.barrier("config")  # nobody reads what is being written
-  if jax.process_index() == 0:
+  if _writes(workdir):
     file.write_text(text + "\n")
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", workdir.parent / "compiled")
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", lasting.parent / "compiled")
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   metrics.count_compiles()  # from here on
@@ -226,17 +232,17 @@ def open_policy(
   if adapters and adapters["rank"]:
     asked = call("lora", lora.Config, **adapters)
   if init:
-    root = pathlib.Path(init).expanduser().resolve()
-    if not root.exists():
+    root = bucket.behind(init)
+    if not root.is_dir():
       raise ConfigError(
         f"config.init: {root} does not exist; give a workdir or what tools/convert.py "
         "wrote"
       )
-    words = tokenizer.load(root / "tokenizer")
+    words = _load_tokenizer(root / "tokenizer")
     extra = checkpoint.load_extra(root)
     config = model_config.from_hf(extra["model"])
   elif name == "tiny":
-    if jax.process_index() == 0:
+    if _writes(workdir):
       tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
     parallel.barrier("tokenizer")
     words = tokenizer.load(workdir / "tokenizer")
@@ -254,9 +260,9 @@ def open_policy(
       f"config.init is empty, and the {name} model has no tokenizer of its own; "
       "convert a checkpoint first: python tools/convert.py import --hf=DIR --out=DIR"
     )
-  if jax.process_index() == 0 and not (workdir / "tokenizer").exists():
+  if _writes(workdir) and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
-    shutil.copytree(root / "tokenizer", workdir / "tokenizer")
+    bucket.fetch(root / "tokenizer", workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
   call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
@@ -303,8 +309,22 @@ def open_codec(
   return make_codec(words, section, vision)
 
 
+def _writes(workdir: pathlib.Path) -> bool:
+  """Whether this process writes what is the same for all: the first does.  Of a workdir
+  in a bucket each has a local folder of its own."""
+  return jax.process_index() == 0 or not bucket.is_shared(workdir)
+
+
+def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:
+  if isinstance(folder, pathlib.Path):
+    return tokenizer.load(folder)
+  with tempfile.TemporaryDirectory() as local:  # transformers reads local files
+    bucket.fetch(folder, pathlib.Path(local) / "tokenizer")
+    return tokenizer.load(pathlib.Path(local) / "tokenizer")
+
+
 def load(
-  root: pathlib.Path,
+  root: bucket.Folder,
   config: model_config.ModelConfig,
   found: lora.Config | None,
   *,

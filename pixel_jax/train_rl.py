@@ -193,7 +193,8 @@ def main(config, workdir):
   writer.close()
   notice.close()
   metrics.say(metrics.ended(step, config.total_steps))
-  metrics.say(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
+  lasting = saver.directory.parent
+  metrics.say(f"in {lasting}: metrics.jsonl, trajectories/, checkpoints/")
 
 
 def programs(config, model, tx, schedule, state):

@@ -118,7 +118,7 @@ def main(config, workdir):
   writer.close()
   notice.close()
   metrics.say(metrics.ended(done, config.total_steps))
-  metrics.say(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
+  metrics.say(f"in {saver.directory.parent}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
 def programs(config, model, tx, schedule, state):

@@ -63,11 +63,9 @@ class Cloud:
     self.here = here
     (here / "bin").mkdir()
     text = FAKE.format(
-      python=sys.executable,
-      here=str(here),
-      git=shutil.which("git"),
-      tar=shutil.which("tar"),
-    )
+      python=sys.executable, here=str(here),
+      git=shutil.which("git"), tar=shutil.which("tar"),
+    )  # fmt: skip
     for name in ("gcloud", "xpk", "srun", "env", "git", "tar", "scontrol", "scancel"):
       (here / "bin" / name).write_text(text)
       (here / "bin" / name).chmod(0o755)
@@ -144,6 +142,15 @@ def test_what_was_preempted_is_queued_again(cloud):
   verbs = [c[4] for c in cloud.calls() if c[0] == "gcloud"]
   first = ["describe", "describe", "scp", "ssh", "describe"]
   assert verbs == [*first, "describe", "delete", "create", "describe", "scp", "ssh"]
+
+
+@pytest.mark.parametrize("code", ["143", "255"])
+def test_what_was_told_to_stop_or_lost_its_connection_goes_on(code, cloud):
+  cloud.say("codes", code, "0")
+  done = cloud.launch(*QUEUE, *JOB)
+  assert done.returncode == 0, done.stderr
+  verbs = [c[4] for c in cloud.calls() if c[0] == "gcloud"]
+  assert verbs == ["describe", "scp", "ssh", "describe", "describe", "scp", "ssh"]
 
 
 def test_a_program_that_fails_is_not_run_again(cloud):

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pixel_jax import checkpoint, parallel, start, trajectory
+from pixel_jax import bucket, checkpoint, parallel, start, trajectory
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import distill, export, journal, sources, teacher, world
 from pixel_jax.rollout import engine
@@ -32,6 +32,11 @@ from pixel_jax.trajectory import Media, Task
 
 
 def main(config, workdir):
+  if bucket.behind(workdir) != workdir:
+    raise start.ConfigError(
+      "--workdir: the journal of what the teacher was paid for is written line by line, "
+      "which a bucket cannot take; give a local folder"
+    )
   start.open_workdir(workdir, config)
   codec = open_codec(config, workdir)
   source = start.call("data", sources.open_source, codec=codec, **config.data)
