@@ -206,6 +206,8 @@ def test_merging_by_formula(tiny):
   same = merged["text"]["embed"]["w"], params["text"]["embed"]["w"]
   assert same[0] is same[1]  # shared, not copied
   assert model.merge(config.merged, merged)["text"]["embed"]["w"] is same[0]
+  inside = jax.jit(model.merge, static_argnums=0)(config, params)  # as engines get it
+  close(inside["text"]["blocks"]["q"]["w"], merged["text"]["blocks"]["q"]["w"], 1e-6)
 
 
 def test_merging_rounds_once(tiny):

@@ -62,13 +62,14 @@ def is_adapter(path: str) -> bool:
 
 
 def merge(w: Any, a: Any, b: Any, *, scale: float, stacked: bool, dtype: Any) -> Any:
-  """w + scale * A B, computed in f32, where `w` lies.
+  """w + scale * A B, computed in f32, where `w` lies; inside jit where XLA puts it.
 
   Args:
     stacked: all three have the axis L, and one layer is computed after the other.
     dtype: of the result.
   """
-  return _merger(scale, stacked, jnp.dtype(dtype), w.sharding)(w, a, b)
+  where = None if isinstance(w, jax.core.Tracer) else w.sharding
+  return _merger(scale, stacked, jnp.dtype(dtype), where)(w, a, b)
 
 
 @functools.lru_cache(maxsize=64)  # one program per matrix, not one trace per call
