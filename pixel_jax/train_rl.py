@@ -5,7 +5,8 @@
 A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
 closer where it likes; the answers are judged; the curiosity reward is added; groups
 become advantages; one or several clipped updates follow.  Running the same command on
-the same workdir continues where it stopped, bit for bit.
+the same workdir continues where it stopped, bit for bit.  SIGTERM saves and leaves: it
+gives up the rollouts of the step, or waits for the end of its updates.
 """
 
 import collections

@@ -3,6 +3,7 @@
   python -m pixel_jax.train_sft --config=configs/sft.py:tiny --workdir=DIR
 
 Running the same command on the same workdir continues where it stopped, bit for bit.
+SIGTERM saves after the step and leaves.
 """
 
 import functools

@@ -16,7 +16,9 @@ import time
 import numpy as np
 import pytest
 
-from pixel_jax import parallel, trajectory
+from pixel_jax import parallel, train_rl, trajectory
+from pixel_jax.data import pipeline, sources
+from pixel_jax.rl import replay
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 DEVICES = 4
@@ -263,6 +265,48 @@ def test_rl_of_two_uneven_processes_goes_on_with_four(sft, rl, tmp_path):
     assert played(workdir, step) == played(rl, step)
     assert len(played(rl, step)) == 4 * 4
   assert_own_shards_only(workdir, 4)
+
+
+# ---- Parts ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 6, 8])
+def test_held_out_questions_are_the_first_whoever_asks(count):
+  source = sources.open_source("world:val")
+
+  def ask(shards, hosts):
+    return [
+      pipeline.fixed_tasks(source, count, shards=shards, host=h, hosts=hosts)
+      for h in range(hosts)
+    ]
+
+  (alone,) = ask(SHARDS, 1)
+  assert {t.id for t in alone} == {source[i].id for i in range(count)}
+  for hosts in (2, 4):
+    parts = ask(SHARDS, hosts)
+    assert [t for part in parts for t in part] == alone
+    for h, part in enumerate(parts):
+      assert {t.shard * hosts // SHARDS for t in part} <= {h}
+  assert [t.id for t in ask(1, 1)[0]] == [source[i].id for i in range(count)]
+
+
+def test_minibatches_and_replay_do_not_depend_on_the_hosts():
+  """A shard's part of a minibatch, and what is drawn for it, are its own."""
+  examples = {s: [dict(advantage=float(i % 3), id=(s, i)) for i in range(5 + s)]
+              for s in range(SHARDS)}  # fmt: skip
+
+  def parts(shards):
+    memory = {s: replay.Replay() for s in shards}
+    chosen, drawn = train_rl.choose(memory, {s: examples[s] for s in shards}, (0, 7))
+    assert drawn == sum(-(-len(examples[s]) // 3) for s in shards)
+    ids = [[e["id"] for e in part] for part in train_rl.split(chosen, 3)]
+    return [[[i for i in part if i[0] == s] for part in ids] for s in shards]
+
+  whole = parts(range(4))
+  assert [*parts([0, 1]), *parts([2, 3])] == whole
+  assert [x for s in range(4) for x in parts([s])] == whole
+  sizes = [[len(part) for part in shard] for shard in whole]
+  assert all(sum(n) == 5 + s and max(n) - min(n) <= 1 for s, n in enumerate(sizes))
 
 
 # ---- Small programs ------------------------------------------------------------------

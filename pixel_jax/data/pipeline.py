@@ -232,7 +232,7 @@ def fixed_tasks(
         left -= 1
       elif not made.left_out:
         aside.add(made, -1)
-  if wanted and not good:
+  if not good and (wanted or not count):
     raise DataError(
       f"none of {len(source)} records is a usable question for {count} tasks; see "
       f"{aside.path or 'a quarantine file: give a workdir'}, and data.filter"
