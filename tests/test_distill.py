@@ -467,8 +467,8 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(
     return play(self, params, tasks, load_media=load_media, script=says, **how)
 
   monkeypatch.setattr(tool.engine.Engine, "run", scripted)
-  config.recipe.max_tokens = 400
-  report = run(tool, config, tmp_path / "b", policy.codec)
+  config.recipe.max_tokens, config.init = 400, str(workdir)
+  report = run(tool, config, tmp_path / "b")
   assert report["written"] == 2 and report["teacher"]["answered"] == 4
   for t in lines(tmp_path / "b", "trajectories.jsonl"):
     assert t["turns"][-1]["text"].endswith(f"\\boxed{{{t['task']['answer']}}}")

@@ -437,6 +437,28 @@ def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_sft_of_texts_with_a_frozen_tower(share, sft, tmp_path_factory):
+  """Alone and between pictures; the tower's features are kept, and may be none."""
+  from pixel_jax import train_sft
+
+  root = tmp_path_factory.mktemp("data")
+  config = ml_collections.ConfigDict(sft.to_dict())
+  config.data.root, config.optim.freeze = str(root), ("^vision/",)
+  config.data.uri = config.eval.uri = layouts.text_only(root, 8)
+  if share:
+    config.data.update(
+      uri=f"{config.data.uri},{layouts.ours(root, 8)}", weights=(1 - share, share)
+    )
+  workdir = tmp_path_factory.getbasetemp() / "runs" / f"texts-{share}"
+  train_sft.main(config, workdir)
+  (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+  assert np.isfinite([line["loss"], line["eval/loss"]]).all() and line["loss"] > 0
+  assert line["data/bad_records"] == line["data/left_out"] == 0
+  assert (line["perf/pictures_encoded"] > 0) == (share > 0)
+
+
+@pytest.mark.slow
 def test_sft_of_a_mixture_with_weights_and_a_filter(sft, tmp_path_factory):
   from pixel_jax import train_sft
 

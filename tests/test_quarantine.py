@@ -119,6 +119,7 @@ def broken(root, codec) -> dict[str, tuple]:
       "no answer",
     ),
     "an empty question": (task(question=""), "no question"),
+    "half a character": (task(question="What \ud83d?"), "surrogates not allowed"),
     "a file that is absent": (task("images/none.png"), "no file"),
     "a path outside of the root": (task("../secret.png"), "outside of the root"),
     "an absolute path": (task("/etc/passwd"), "outside of the root"),

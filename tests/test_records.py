@@ -121,6 +121,14 @@ def test_the_root_itself_may_be_the_folder_and_links_lead_nowhere(tmp_path):
   assert source[1].id == "photos/a.JPG"
 
 
+def test_a_name_that_is_no_text_is_set_aside(tmp_path):
+  layouts.picture(0).save(tmp_path / "a.png")
+  os.rename(tmp_path / "a.png", os.fsencode(tmp_path) + b"/caf\xe9.png")
+  source = sources.open_source("images:.", root=tmp_path)
+  with pytest.raises(records.BadRecord, match="surrogates not allowed"):
+    source[0]
+
+
 @pytest.mark.parametrize(
   ("uri", "says"),
   [

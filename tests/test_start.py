@@ -1,13 +1,16 @@
-"""start.load: adapters kept, added or merged, and the dtype of a base that stays frozen."""
+"""start: codecs; adapters kept, added or merged; the dtype of a base that stays frozen."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import common
 from pixel_jax import checkpoint, parallel, start
+from pixel_jax.chat import encode, tokenizer
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
 
@@ -18,6 +21,28 @@ CONFIG = dataclasses.replace(BARE, lora=lora.Config(2, 3.0))
 @pytest.fixture(scope="module")
 def mesh():
   return parallel.make_mesh(data=1, fsdp=2, tensor=1)
+
+
+def test_the_codec_of_a_workdir_and_of_a_checkpoint(tmp_path):
+  tokenizer.make_tiny(tmp_path / "tokenizer", [])
+  assert start.open_codec(tmp_path).budgets == encode.RELEASED_BUDGETS
+  section = common.codec("tiny")
+  (tmp_path / "config.json").write_text(json.dumps({"codec": section}))
+  codec = start.open_codec(str(tmp_path))  # as json has it, tuples as lists
+  assert (codec.budgets, codec.video_frames) == (section["budgets"], 8)
+  assert codec.tokens_per_second == model_config.VisionConfig().tokens_per_second
+  vision = dataclasses.replace(BARE.vision, tokens_per_second=4.0, window=56)
+  other = dataclasses.replace(BARE, vision=vision)
+  checkpoint.save_params(
+    tmp_path, {"x": np.zeros(1)}, {"model": model_config.to_hf(other)}
+  )
+  codec = start.open_codec(tmp_path, common.codec("7b"))
+  assert codec.budgets == common.codec("7b")["budgets"]
+  assert (codec.tokens_per_second, codec.window) == (4.0, 56)
+  with pytest.raises(start.ConfigError, match="config.codec: .*profile"):
+    start.open_codec(tmp_path, section | {"profile": "cleen"})
+  with pytest.raises(tokenizer.TokenizerError, match="no tokenizer"):
+    start.open_codec(tmp_path / "none")
 
 
 def saved(folder, config, dtype="float32"):

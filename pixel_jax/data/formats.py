@@ -111,6 +111,10 @@ def check_task(task: Task) -> None:
       f"task {task.id} is a bare {task.media[0].kind}; tools/synthesize.py makes "
       "questions of such"
     )
+  try:
+    json.dumps(dataclasses.asdict(task), ensure_ascii=False).encode()
+  except UnicodeEncodeError as error:
+    raise BadRecord(f"task {task.id!r}: half a character ({error})") from error
   golds = task.answer if isinstance(task.answer, list) else [task.answer]
   if not golds or not all(isinstance(a, str) and a.strip() for a in golds):
     raise BadRecord(f"task {task.id}: no answer ({task.answer!r}); give it a text")

@@ -268,7 +268,8 @@ class _Parquet:
     self._starts = [0, *itertools.accumulate(g.num_rows for g in self._groups)]
     self._kept: collections.OrderedDict[int, Any] = collections.OrderedDict()
     self._bytes = 0
-    self._unpacked: dict[int, tuple[int, list[int]]] = {}  # rows of a block, ends
+    # Of a group that is unpacked: the first rows of its blocks, and where these end.
+    self._unpacked: dict[int, tuple[list[int], list[int]]] = {}
     self._blocks: Any = None  # the file they are in
     self._lock = threading.Lock()
 
@@ -292,19 +293,20 @@ class _Parquet:
           self._unpacked[g] = self._unpack(g)
         except OSError as error:
           warnings.warn(
-            f"{self._path}: no room for its row groups in {tempfile.gettempdir()} "
-            f"({error}), so each is read whole for one record, which is slow. Give "
-            f"TMPDIR a larger disk, or {REWRITE}",
+            f"{self._path}: a row group cannot be unpacked into {tempfile.gettempdir()} "
+            f"({error}), so it is read whole for one record, which is slow. Give TMPDIR "
+            f"a larger disk, or {REWRITE}",
             stacklevel=2,
           )
-          self._unpacked[g] = (0, [])
-      size, ends = self._unpacked[g]
-      if not size:
+          self._unpacked[g] = ([], [])
+      firsts, ends = self._unpacked[g]
+      if not firsts:
         return self._group(g), at
-    start, end = ends[at // size : at // size + 2]
+    k = bisect.bisect_right(firsts, at) - 1
+    start, end = ends[k], ends[k + 1]
     # pread has no file position, so threads may read at the same time.
     block = os.pread(self._blocks.fileno(), end - start, start)
-    return pa.ipc.open_stream(block).read_all(), at % size
+    return pa.ipc.open_stream(block).read_all(), at - firsts[k]
 
   def _group(self, g: int):
     if g not in self._kept:
@@ -315,22 +317,24 @@ class _Parquet:
       self._bytes -= self._kept.popitem(last=False)[1].nbytes
     return self._kept[g]
 
-  def _unpack(self, g: int) -> tuple[int, list[int]]:
-    """Writes a group as Arrow streams of so many rows each; where they end."""
+  def _unpack(self, g: int) -> tuple[list[int], list[int]]:
+    """Writes a group as Arrow streams of some rows each: first rows, ends."""
     import pyarrow as pa
 
     if self._blocks is None:
-      self._blocks = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
+      self._blocks = tempfile.TemporaryFile()  # noqa: SIM115
     file, about = self._blocks, self._groups[g]
     size = max(1, BLOCK * about.num_rows // about.total_byte_size)
-    ends = [file.seek(0, os.SEEK_END)]
+    firsts, ends = [0], [file.seek(0, os.SEEK_END)]
     batches = self._file.iter_batches(size, row_groups=[g], use_threads=False)
     for batch in batches:
       with pa.ipc.new_stream(file, batch.schema) as stream:
         stream.write_batch(batch)
+      firsts.append(firsts[-1] + len(batch))
       ends.append(file.tell())
+    file.flush()
     pa.default_memory_pool().release_unused()  # a page may be as large as the group
-    return size, ends
+    return firsts, ends
 
 
 class _Images:
@@ -364,7 +368,9 @@ class _Images:
     return len(self._names)
 
   def __getitem__(self, i: int) -> dict:
-    return {"id": self._names[i], "image": self._names[i]}
+    name = self._names[i]
+    name.encode()  # a name that is no UTF-8 could not be written down
+    return {"id": name, "image": name}
 
 
 def _shows(name: str) -> bool:

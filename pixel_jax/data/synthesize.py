@@ -11,7 +11,7 @@ here: boxes (`boxes.py`), pictures, teachers, and which question comes when.
   image/recrop1   wrong, crop, answer            video/reselect  wrong, frames, answer
   image/recrop2   wrong, wrong, crop, answer     image/direct, video/direct    answer
   image/zoom      large, crop of it, answer      video/zoom      frame, crop of it, answer
-  text/direct     answer; no pictures            text/compare    the same, of its own
+  text/direct     answer; no pictures            text/compare    answer; its own question
 
 Base skills, which stand in for what Qwen2.5-VL brings along (no calls):
   image/box       the box of the cue as the answer: [0.12, 0.40, 0.28, 0.52]
