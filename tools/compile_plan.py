@@ -31,7 +31,7 @@ from absl import flags
 
 from pixel_jax import optim, start, trajectory
 from pixel_jax.model import config as model_config
-from pixel_jax.model import qwen2_5_vl
+from pixel_jax.model import lora, qwen2_5_vl
 from pixel_jax.rollout import engine
 
 TRAJECTORIES = flags.DEFINE_string(
@@ -163,7 +163,8 @@ class Model:
   def of(cls, config: Any) -> "Model":
     fields = dict(config.model)
     preset = model_config.PRESETS[fields.pop("name")]
-    model = start.call("model", dataclasses.replace, preset, **fields)
+    asked = lora.Config(**config.lora) if config.lora.rank else None
+    model = start.call("model", dataclasses.replace, preset, **fields, lora=asked)
     abstract = qwen2_5_vl.abstract(model)
     trained = optim.split(abstract, start.frozen(config))[0]
     sizes = compile_programs.sizes(abstract)
