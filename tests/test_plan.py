@@ -190,8 +190,7 @@ def test_slices_are_those_that_exist():
   assert [(m.chips, m.slices) for m in compile_plan.machines("v5e")] == [
     (16, 1), (16, 4), (64, 1), (64, 4), (256, 1), (256, 4), (1024, 4), (4096, 16),
   ]  # fmt: skip
-  assert all(m.slices == m.chips // 8 or m.slices == 4
-             for m in compile_plan.machines("h200"))  # fmt: skip
+  assert all(m.slices == m.chips // 8 for m in compile_plan.machines("h200"))
 
 
 def test_the_report_labels_every_figure(tmp_path):

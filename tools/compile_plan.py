@@ -363,11 +363,15 @@ def _label(compiled: dict, name: str) -> str:
 
 
 def machines(kind: str) -> list[Machine]:
-  """16 to 4,096 chips: in as few slices as there can be, and in four."""
+  """16 to 4,096 chips: in as few slices as there can be, and in four.
+
+  A slice of H200s is a node of eight.
+  """
   found = []
   for chips in CHIPS:
     fewest = max(1, chips // LARGEST_SLICE[kind])
-    found += [Machine(kind, chips, n) for n in sorted({fewest, max(4, fewest)})]
+    several = fewest if kind == "h200" else max(4, fewest)  # nodes are never smaller
+    found += [Machine(kind, chips, n) for n in sorted({fewest, several})]
   return found
 
 
@@ -378,7 +382,10 @@ def read_compiled(path: str | None, kind: str) -> dict[str, float]:
   report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   if report["topology"].partition(":")[0] != kind:
     raise PlanError(f"--compiled: {path} is of {report['topology']}, not of {kind}")
-  return {p["name"]: float(p["links_bytes"]) for p in report["programs"]}
+  links = {p["name"]: float(p["links_bytes"]) for p in report["programs"]}
+  return {
+    name: links[name] for name in ("reshard", "logp", "gradient") if name in links
+  }
 
 
 def row(
