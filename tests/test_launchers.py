@@ -71,7 +71,8 @@ class Cloud:
       (here / "bin" / name).chmod(0o755)
 
   def launch(self, *command, **env):
-    keep = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "XDG"))}
+    drop = ("SLURM", "XDG", "WANDB", "OPENAI")
+    keep = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return subprocess.run(
       ["bash", *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
       env=keep | {"HOME": str(self.here), "HF_TOKEN": SECRET, "PIXEL_JAX_POLL": "0",

@@ -31,7 +31,7 @@ from absl import flags
 
 from pixel_jax import optim, start, trajectory
 from pixel_jax.model import config as model_config
-from pixel_jax.model import qwen2_5_vl
+from pixel_jax.model import lora, qwen2_5_vl
 from pixel_jax.rollout import engine
 
 TRAJECTORIES = flags.DEFINE_string(
@@ -163,7 +163,8 @@ class Model:
   def of(cls, config: Any) -> "Model":
     fields = dict(config.model)
     preset = model_config.PRESETS[fields.pop("name")]
-    model = start.call("model", dataclasses.replace, preset, **fields)
+    asked = lora.Config(**config.lora) if config.lora.rank else None
+    model = start.call("model", dataclasses.replace, preset, **fields, lora=asked)
     abstract = qwen2_5_vl.abstract(model)
     trained = optim.split(abstract, start.frozen(config))[0]
     sizes = compile_programs.sizes(abstract)
@@ -362,11 +363,15 @@ def _label(compiled: dict, name: str) -> str:
 
 
 def machines(kind: str) -> list[Machine]:
-  """16 to 4,096 chips: in as few slices as there can be, and in four."""
+  """16 to 4,096 chips: in as few slices as there can be, and in four.
+
+  A slice of H200s is a node of eight.
+  """
   found = []
   for chips in CHIPS:
     fewest = max(1, chips // LARGEST_SLICE[kind])
-    found += [Machine(kind, chips, n) for n in sorted({fewest, max(4, fewest)})]
+    several = fewest if kind == "h200" else max(4, fewest)  # nodes are never smaller
+    found += [Machine(kind, chips, n) for n in sorted({fewest, several})]
   return found
 
 
@@ -377,7 +382,10 @@ def read_compiled(path: str | None, kind: str) -> dict[str, float]:
   report = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
   if report["topology"].partition(":")[0] != kind:
     raise PlanError(f"--compiled: {path} is of {report['topology']}, not of {kind}")
-  return {p["name"]: float(p["links_bytes"]) for p in report["programs"]}
+  links = {p["name"]: float(p["links_bytes"]) for p in report["programs"]}
+  return {
+    name: links[name] for name in ("reshard", "logp", "gradient") if name in links
+  }
 
 
 def row(
