@@ -46,7 +46,7 @@ def model(size):
 
 
 def codec(size):
-  """Keyword arguments of `start.codec`: the prompt and the pixels of each role.
+  """Keyword arguments of `start.make_codec`: the prompt and the pixels of each role.
 
   A budget is (fewest, most) pixels.  Published sizes: pixel_reasoner.md 1.9, the RL
   column; the crop's upper bound is what zooming buys, so it is not lowered below it.
@@ -75,8 +75,9 @@ def engine(size):
   if size == "tiny":  # half the rollouts of a step at a time; operations take no time
     return dict(
       slots=96,
+      max_prompt=16,
       max_len=112,
-      prompt_len=32,
+      prompt_len=16,
       extend_len=16,
       extend_rows=64,
       patches=512,
@@ -87,6 +88,7 @@ def engine(size):
     )
   return dict(
     slots=128,
+    max_prompt=8192,
     max_len=16384,
     prompt_len=4096,
     extend_len=2048,

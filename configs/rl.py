@@ -26,12 +26,17 @@ def get_config(arg="tiny"):
   c.codec = common.codec(arg.size)
   c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
   c.mesh = common.mesh(arg.size)
-  c.data = dict(uri="jsonl:train.jsonl", root="", shards=8)  # pipeline.tasks
+  c.data = dict(  # sources.open_source, pipeline.tasks
+    uri="jsonl:train.jsonl",  # or several with , between: docs/data.md
+    root="",
+    weights=(),  # of several; () = every record once
+    filter=common.filter(),
+    shards=8,
+    max_bad_share=0.01,
+  )
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
-  c.fleet = dict(  # fleet.Fleet
-    tensor=1,  # devices of one engine: 1, 2 or 4 of a host
-  )
+  c.fleet = dict(tensor=1)  # rollout.fleet.Fleet: devices of an engine
   c.rollout = dict(  # Engine.run; sampling as in the paper, lengths as released
     temperature=1.0,
     top_p=1.0,
@@ -47,7 +52,7 @@ def get_config(arg="tiny"):
     minibatches=16,
     std=False,  # as released
     masked_stops=("turns", "length"),  # leave mean, std and loss
-    rows=64,  # of one micro-batch
+    rows=64,  # of one micro-batch, on each host
     tokens=16384,
     patches=32768,
   )

@@ -59,5 +59,7 @@ def get_config(arg="7b"):
     c.data.uri = "world:train"
     c.teacher.update(budget=1_000_000, image_tokens=500)
     # Words are bytes to the tiny tokenizer: a question to a teacher has about 1,000.
-    c.engine.update(slots=8, max_len=2048, prompt_len=1024, views=(2048,), patches=512)
+    c.engine.update(
+      slots=8, max_prompt=1024, max_len=2048, prompt_len=1024, views=(), patches=512
+    )
   return c

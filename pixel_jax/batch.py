@@ -1,4 +1,4 @@
-"""The device noun: `Batch`, the one struct that every jitted step takes; and `Cache`.
+"""The device noun: `Batch`, the one struct that every jitted step takes; and the cache.
 
 Rows hold packed examples.  Vision is row-local: the patches of an image lie in the row
 of the tokens that show it, and a row holds each distinct image once, however many
@@ -36,3 +36,18 @@ class Cache:
   k: jax.Array  # f[L B K S H], rotary already applied
   v: jax.Array  # f[L B K S H]
   length: jax.Array  # i32[B]
+
+
+@flax.struct.dataclass
+class Prompts:
+  """Beginnings that sequences share: stored once, read once for all that go on from it.
+
+  Row b of a `Cache` goes on where prompt row[b] ends: its slot 0 follows the prompt's
+  last.  `lane` says the same the other way round, up to M sequences a prompt.
+  """
+
+  k: jax.Array  # f[L P K S H], S the prompt's own; rotary already applied
+  v: jax.Array  # f[L P K S H]
+  length: jax.Array  # i32[P]
+  row: jax.Array  # i32[B]
+  lane: jax.Array  # i32[P M]   rows of the cache; >= B = nobody

@@ -14,6 +14,7 @@ relative path or a full disk surface in a thread: both are errors here, in one l
 
 import base64
 import json
+import math
 import pathlib
 import shutil
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from pixel_jax import parallel
+from pixel_jax import bucket, parallel
 
 PARAMS, STATE, HOST = "params", "state", "host"
 SPARE = 64 * 2**20  # bytes that must stay free on the disk beside a step
@@ -39,14 +40,15 @@ class Checkpoints:
   """The steps of one workdir.
 
   Args:
-    workdir: the run; steps lie in workdir/checkpoints.
+    workdir: the run; steps lie in workdir/checkpoints, or in the bucket behind it.
     keep: newest steps that stay.
     extra: JSON stored beside every step, what `load_params` gives back: as keywords,
       `Checkpoints(workdir, model=config.to_hf())`.
   """
 
   def __init__(self, workdir: str | pathlib.Path, *, keep: int = 3, **extra: Any):
-    self.directory = pathlib.Path(workdir).expanduser().resolve() / "checkpoints"
+    self._workdir = pathlib.Path(workdir).expanduser().resolve()
+    self.directory = bucket.behind(self._workdir) / "checkpoints"
     self._extra = extra
     self._manager = ocp.CheckpointManager(
       self.directory,
@@ -60,22 +62,28 @@ class Checkpoints:
     self.wait()
     return self._manager.latest_step()
 
+  def has(self, step: int) -> bool:
+    return step in self._manager.all_steps()
+
   def save(self, step: int, state: dict, host: Any = None) -> None:
     """Writes `state` (with key "params") and `host` as `step`.
 
     Returns once everything has left the device; the disk is written behind the run.
+    The small files of a workdir in a bucket are copied there first: no step may last
+    whose metrics do not.
     An error there is raised by the next `save`, `wait` or `close`.
     """
     self.wait()
-    if step in self._manager.all_steps():
+    if self.has(step):
       raise CheckpointError(f"{self.directory}/{step} exists already; delete it first")
     host = merge(parallel.gather_json(encode(host)))
     items = {k: ocp.args.StandardSave(v) for k, v in _parts(state).items()} | {
       HOST: ocp.args.JsonSave({"host": host, "extra": self._extra})
     }
     try:
+      bucket.sync(self._workdir)
       need = _local_bytes(state) + SPARE
-      free = shutil.disk_usage(self.directory).free
+      free = _free(self.directory)
       if parallel.agree(free < need, "any"):  # on any host: nobody begins
         raise OSError(
           f"{need / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free on the disk"
@@ -136,15 +144,25 @@ def _parts(state: dict) -> dict[str, dict]:
   return {PARAMS: state[PARAMS]} | ({STATE: rest} if rest else {})
 
 
-def complete_steps(directory: pathlib.Path) -> list[int]:
-  """Finished steps; orbax writes under another name and renames at the end."""
+def complete_steps(directory: bucket.Folder) -> list[int]:
+  """Finished steps.
+
+  Orbax writes under another name and renames at the end; in a bucket, where nothing can
+  be renamed, it adds a last file.
+  """
   if not directory.is_dir():
     return []
+  last = PARAMS if isinstance(directory, pathlib.Path) else "commit_success.txt"
   return sorted(
-    int(p.name)
-    for p in directory.iterdir()
-    if p.name.isdigit() and (p / PARAMS).is_dir()
+    int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / last).exists()
   )
+
+
+def _free(directory: bucket.Folder) -> float:
+  """Bytes; a bucket has no end."""
+  if isinstance(directory, pathlib.Path):
+    return shutil.disk_usage(directory).free
+  return math.inf
 
 
 # ---- Bare parameters -----------------------------------------------------------------
@@ -152,7 +170,7 @@ def complete_steps(directory: pathlib.Path) -> list[int]:
 
 def save_params(directory: str | pathlib.Path, params: dict, extra: dict) -> None:
   """Writes parameters (a pure dict) and `extra` (JSON) into a new directory."""
-  root = pathlib.Path(directory).expanduser().resolve()
+  root = bucket.behind(directory)
   if (root / PARAMS).exists():
     raise CheckpointError(f"{root / PARAMS} exists already; choose another directory")
   with ocp.StandardCheckpointer() as checkpointer:
@@ -201,7 +219,7 @@ def stored(directory: str | pathlib.Path) -> dict:
 def load_extra(directory: str | pathlib.Path) -> dict:
   """The JSON beside the parameters; see `load_params` for what `directory` may be."""
   where = _locate(directory)
-  if (where / "extra.json").is_file():
+  if (where / "extra.json").exists():
     return json.loads((where / "extra.json").read_text())
   return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
 
@@ -209,13 +227,17 @@ def load_extra(directory: str | pathlib.Path) -> dict:
 def fingerprint(directory: str | pathlib.Path) -> str:
   """Names the stored parameters: changes when they are written again."""
   params = _locate(directory) / PARAMS
-  newest = max(p.stat().st_mtime_ns for p in (params, *params.iterdir()))
+  stats = [p.stat() for p in (params, *params.iterdir())]
+  if isinstance(params, pathlib.Path):
+    newest = max(s.st_mtime_ns for s in stats)
+  else:  # a bucket keeps seconds
+    newest = max(s.mtime or 0 for s in stats)
   return f"{params.parent.name}-{newest}"
 
 
-def _locate(directory: str | pathlib.Path) -> pathlib.Path:
+def _locate(directory: str | pathlib.Path) -> bucket.Folder:
   """The directory that holds params/."""
-  root = pathlib.Path(directory).expanduser().resolve()
+  root = bucket.behind(directory)
   if (root / "checkpoints").is_dir():
     steps = complete_steps(root / "checkpoints")
     if steps:
@@ -231,12 +253,12 @@ def _locate(directory: str | pathlib.Path) -> pathlib.Path:
 # ---- Checks --------------------------------------------------------------------------
 
 
-def _stored(where: pathlib.Path) -> dict:
+def _stored(where: bucket.Folder) -> dict:
   """Tree of shapes and dtypes of one saved item."""
   return ocp.StandardCheckpointHandler().metadata(epath.Path(where)).tree
 
 
-def _check(where: pathlib.Path, target: Any) -> None:
+def _check(where: bucket.Folder, target: Any) -> None:
   """Refuses a tree whose paths, shapes or dtypes are not those of the file."""
   have, want = _by_path(_stored(where)), _by_path(target)
   wrong = [f"{k} is missing" for k in want if k not in have]

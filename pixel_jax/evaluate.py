@@ -4,14 +4,17 @@
       --config.policies=SFT=runs/sft,RL=runs/rl
 """
 
+import dataclasses
+import functools
 import json
 
+import jax
 from tqdm import tqdm
 
-from pixel_jax import checkpoint, metrics, parallel, start, trajectory
+from pixel_jax import bucket, checkpoint, metrics, parallel, start, trajectory
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.evals import common
-from pixel_jax.rollout import engine
+from pixel_jax.rollout import engine, fleet
 
 
 def main(config, workdir):
@@ -23,7 +26,7 @@ def main(config, workdir):
     raise start.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
-  is_world = all(uri.startswith("world:") for uri in config.data.uri.split(","))
+  is_world = sources.is_world(config.data.uri)
   for mode in config.modes:
     if mode not in common.FORCE or (mode == "swapped" and not is_world):
       raise start.ConfigError(
@@ -47,10 +50,12 @@ def main(config, workdir):
       modes = evaluate(config, workdir, name, init, mesh, covers)
       row = {"name": name, "policy": init, "weights": weights, "modes": modes}
     result["rows"].append(row)
-    file.write_text(json.dumps(result, indent=1))
-    print(table([row]))
-  print(f"done: {metrics.compiled()}")
-  print(f"in {workdir}: evaluation.json, trajectories/")
+    if jax.process_index() == 0:
+      file.write_text(json.dumps(result, indent=1))
+    bucket.sync(workdir)
+    metrics.say(table([row]))
+  metrics.say(f"done: {metrics.compiled()}")
+  metrics.say(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
 
 
 def reusable(file, settings) -> dict[tuple, dict]:
@@ -64,22 +69,40 @@ def reusable(file, settings) -> dict[tuple, dict]:
 
 
 def evaluate(config, workdir, name: str, init: str, mesh, covers) -> dict[str, dict]:
-  """What one policy does in every mode; its trajectories are written."""
+  """What one policy does in every mode; its trajectories are written.
+
+  Every device has an engine, and every engine its share of the tasks.
+  """
   policy = start.open_policy(
     init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
   data = dict(config.data)
   count = data.pop("tasks")
   source = start.call("data", sources.open_source, **data, codec=policy.codec)
-  tasks = start.call("data", pipeline.fixed_tasks, source, count, workdir=workdir)
-  rollouts = start.call(
-    "engine", engine.Engine, policy.config, policy.codec, **config.engine
+  mine = dict(host=jax.process_index(), hosts=jax.process_count())
+  tasks = start.call(
+    "data",
+    pipeline.fixed_tasks,
+    source,
+    count,
+    workdir=workdir,
+    shards=mesh.size,
+    **mine,
   )
+  make = functools.partial(
+    start.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine
+  )
+  rollouts = fleet.Fleet(make, policy.config, mesh, shards=mesh.size)
+  params = rollouts.sync(policy.params)
   modes = {}
+  folder = workdir / "trajectories"
   for mode in tqdm(config.modes, desc=name, leave=False, disable=None):
+    if mine["host"] == 0:  # of another number of hosts, maybe
+      for earlier in folder.glob(f"{name}_{mode}.*jsonl"):
+        earlier.unlink()
     played = common.play(
       rollouts,
-      parallel.engine_params(policy.params),
+      params,
       tasks,
       mode=mode,
       seed=config.seed,
@@ -87,11 +110,20 @@ def evaluate(config, workdir, name: str, init: str, mesh, covers) -> dict[str, d
       other_scene=world.other_scene,
       **config.rollout,
     )
-    modes[mode] = common.summarize(played, covers)
+    modes[mode] = common.summarize(of_hosts(played), covers)
     if mode != "swapped":  # its pictures could not be redrawn
-      file = workdir / "trajectories" / f"{name}_{mode}.jsonl"
-      trajectory.write_jsonl(file, played)
+      file = trajectory.host_file(f"{name}_{mode}", **mine)
+      trajectory.write_jsonl(folder / file, played)
   return modes
+
+
+def of_hosts(played: list[trajectory.Trajectory]) -> list[trajectory.Trajectory]:
+  """The rollouts of all hosts, as far as an evaluation looks at them: without ids."""
+  if jax.process_count() == 1:
+    return played
+  bare = dict(ids=[], sampled=[], weight=[], logp=[], position=[], slots=[])
+  told = [dataclasses.asdict(dataclasses.replace(t, **bare)) for t in played]
+  return [trajectory.from_dict(d) for part in parallel.gather_json(told) for d in part]
 
 
 def table(rows: list[dict]) -> str:

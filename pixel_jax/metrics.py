@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import tqdm
 
+from pixel_jax import bucket
+
 # Dense bf16 peak of one jax device, FLOP/s (performance.md 2.1; a v7x chip is two).
 PEAK_FLOPS = {
   "TPU v4": 275e12,
@@ -36,6 +38,12 @@ PEAK_FLOPS = {
   "NVIDIA H100": 989e12,
   "NVIDIA H200": 989e12,
 }
+
+
+def say(text: str) -> None:
+  """A line on stdout, of all processes once."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
 
 
 class Writer:
@@ -130,6 +138,7 @@ class Writer:
     self._file.flush()
     for k, v in numbers.items():
       self._board.add_scalar(k, v, step)
+    self._board.flush()  # by itself every two minutes: a kill would take them along
     if self._wandb is not None:
       self._wandb.log(numbers, step=step)
     if self._bar is not None:
@@ -195,10 +204,11 @@ def cut_back(workdir: str | pathlib.Path, last: int) -> None:
   if metrics.exists():
     lines = metrics.read_bytes().splitlines(keepends=True)
     _replace(metrics, b"".join(x for x in lines if _is_kept(x, last)))
-  for path in sorted((root / "trajectories").rglob("*")):
+  # Those of a workdir in a bucket lie there.
+  for path in bucket.files(bucket.behind(root) / "trajectories"):
     number = re.search(r"(\d+)$", path.name.split(".")[0])
     is_partial = path.name.endswith(".partial")
-    if path.is_file() and (is_partial or (number and int(number[1]) > last)):
+    if is_partial or (number and int(number[1]) > last):
       path.unlink()
   for path in sorted((root / "tensorboard").rglob("*tfevents*")):
     events = list(_read_events(path.read_bytes()))
@@ -258,8 +268,17 @@ def count_compiles() -> int:
   return _compiles
 
 
+def ended(done: int, total: int) -> str:
+  """The last line but one of a run that ends, or leaves, after step `done`."""
+  if done < total:
+    return (
+      f"stopped by SIGTERM: step {done} of {total} is saved, the same command goes on"
+    )
+  return f"done: {done} steps, {compiled()}"
+
+
 def compiled() -> str:
-  """What compiling cost so far, for the last line of a run."""
+  """What compiling cost so far."""
   return f"{count_compiles()} programs compiled in {_compile_seconds:.0f} s"
 
 

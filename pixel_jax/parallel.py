@@ -12,6 +12,7 @@ this file touches no device.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # axis 0 of everything in a Batch
+LOST = 30  # seconds without a heartbeat after which a process counts as dead
 
 # Logical axis -> mesh axis.  A mesh axis that a mesh lacks counts as absent, so one
 # table serves the train mesh and the engines' (engine, tensor) mesh.
@@ -60,10 +62,12 @@ def initialize() -> None:
   of several hosts, or with PIXEL_JAX_DISTRIBUTED=auto (jax then finds out by itself;
   for TPU VMs, whose hosts are listed only by the metadata server).  Otherwise, and when
   called again, nothing happens.
+
+  Where a process dies the others are stopped within a minute: see `LOST`.
   """
   if jax.distributed.is_initialized():
     return
-  env = os.environ
+  env, limits = os.environ, dict(heartbeat_timeout_seconds=LOST)
   if env.get("JAX_COORDINATOR_ADDRESS"):
     missing = [k for k in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID") if k not in env]
     if missing:
@@ -75,9 +79,10 @@ def initialize() -> None:
       env["JAX_COORDINATOR_ADDRESS"],
       num_processes=int(env["JAX_NUM_PROCESSES"]),
       process_id=int(env["JAX_PROCESS_ID"]),
+      **limits,
     )
   elif _is_many(env):
-    jax.distributed.initialize()
+    jax.distributed.initialize(**limits)
 
 
 def _is_many(env: Mapping[str, str]) -> bool:
@@ -97,15 +102,20 @@ def devices(among: Sequence[jax.Device] | None = None) -> list[jax.Device]:
   )
 
 
-def barrier(name: str, timeout: int = 3600) -> None:
-  """Waits for the other processes, whose rollouts may take `timeout` seconds more.
+_barriers = itertools.count()
 
-  jax's own barrier gives up after minutes; orbax's takes a timeout.
+
+def barrier(name: str, timeout: int = 3600) -> None:
+  """Waits for the other processes, which may take `timeout` seconds more.
+
+  It asks the coordinator: a barrier that the devices compute, as jax's own and orbax's
+  usual one, gives up after 30 seconds on CPUs.
   """
   if jax.process_count() > 1:
     from orbax.checkpoint import multihost  # here: importing orbax costs a second
 
-    multihost.sync_global_processes(name, timeout=timeout)
+    key = f"{name} {next(_barriers)}"  # a name serves once
+    multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout * 1000)
 
 
 def agree(value: Any, op: str = "all_equal") -> Any:
@@ -138,18 +148,54 @@ def agree(value: Any, op: str = "all_equal") -> Any:
   return result if array.shape else result.item()
 
 
+def total(values: Mapping[str, float]) -> dict[str, float]:
+  """Numbers under the same names on every process, added up."""
+  added = agree(np.array(list(values.values()), np.float64), "sum")
+  return dict(zip(values, added.tolist()))
+
+
 def gather_json(value: Any) -> list[Any]:
   """The value of every process, in process order."""
   data = json.dumps(value).encode()
   length = agree(len(data), "max")
+  # Few lengths: each is a program of its own.
+  length = 1 << max(length - 1, 63).bit_length()
   return [json.loads(b.rstrip(b" ")) for b in _gather(data.ljust(length, b" "))]
+
+
+def gather_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+  """Arrays of as many rows on every process -> those of all, in process order."""
+  if jax.process_count() == 1:
+    return dict(rows)
+  joined = {}
+  for k, x in rows.items():
+    parts = [np.frombuffer(b, x.dtype).reshape(x.shape) for b in _gather(x.tobytes())]
+    joined[k] = np.concatenate(parts)
+  return joined
+
+
+def own_rows(x: np.ndarray) -> np.ndarray:
+  """The rows of this process: `gather_rows` undone."""
+  return np.split(np.asarray(x), jax.process_count())[jax.process_index()]
 
 
 def _gather(data: bytes) -> list[bytes]:
   if jax.process_count() == 1:
     return [data]
+  barrier("gather")  # however long the others take
   mine = np.frombuffer(data, np.uint8)
   return [bytes(row) for row in np.asarray(multihost_utils.process_allgather(mine))]
+
+
+def settle(x: Any) -> Any:
+  """On CPUs waits for x, the result of a program of all devices, and returns it.
+
+  Their threads are shared: of many programs in flight each may have some devices wait
+  at a collective, and none has all of them.
+  """
+  if jax.device_count() > 1 and jax.default_backend() == "cpu":
+    jax.block_until_ready(x)
+  return x
 
 
 # ---- Meshes --------------------------------------------------------------------------
@@ -324,17 +370,6 @@ def _once(message: str) -> None:
   log.warning(message)
 
 
-def table(abstract: dict, layout: dict) -> str:
-  """Path, shape, spec and bytes per device of every parameter; for the log of a run."""
-  lines = []
-  flat = jax.tree_util.tree_flatten_with_path(abstract)[0]
-  for (keys, x), sharding in zip(flat, jax.tree.leaves(layout)):
-    path = "/".join(str(k.key) for k in keys)
-    cut = math.prod(sharding.shard_shape(x.shape)) * np.dtype(x.dtype).itemsize
-    lines.append(f"{path:40} {x.shape!s:24} {sharding.spec!s:44} {cut:>14,}")
-  return "\n".join(lines)
-
-
 # ---- Rows ----------------------------------------------------------------------------
 
 
@@ -389,20 +424,27 @@ def engine_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
 
 
 def to_engines(
-  params: dict, logical_axes: dict | None = None, *, tensor: int = 1, dtype=None
+  params: dict,
+  logical_axes: dict | None = None,
+  *,
+  tensor: int = 1,
+  prepare: Callable[[dict], dict] | None = None,
 ) -> list[dict]:
   """The weights as each engine of this host takes them: one tree per local engine.
 
   One SPMD reshard (called by all processes together), whose shards become the engines'
-  local arrays without a copy.  `dtype` casts before anything is gathered.
+  local arrays without a copy.
+
+  Args:
+    logical_axes: of what engines take; None = whole weights.
+    prepare: done before anything is gathered: narrows dtypes, merges adapters.  The
+      same object at every call, or each call compiles anew.
   """
   leaf = jax.tree.leaves(params)[0]
   if len(leaf.sharding.device_set) == 1 and tensor == 1:  # they lie there already
-    return [
-      params if dtype is None else jax.tree.map(lambda x: x.astype(dtype), params)
-    ]
+    return [params if prepare is None else _jit(prepare)(params)]
   mesh = engine_mesh(leaf.sharding.mesh, tensor)
-  params = resharder(mesh, params, logical_axes, dtype)(params)
+  params = settle(resharder(mesh, params, logical_axes, prepare)(params))
   mine = [row for row in mesh.devices if row[0].process_index == jax.process_index()]
   return [_local(params, list(row)) for row in mine]
 
@@ -412,26 +454,34 @@ def engine_params(params: dict) -> dict:
   return to_engines(params)[0]
 
 
-def resharder(mesh: Mesh, params: dict, logical_axes: dict | None = None, dtype=None):
+def resharder(
+  mesh: Mesh,
+  params: dict,
+  logical_axes: dict | None = None,
+  prepare: Callable[[dict], dict] | None = None,
+):
   """The jitted program of `to_engines`: params, real or abstract -> laid out on `mesh`.
 
   Without logical_axes every engine gets whole weights.
   """
+  prepare = prepare or _as_they_are
+  made = jax.eval_shape(prepare, params)
   if logical_axes is None:
-    logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, params)
-  target = shardings(mesh, logical_axes, params)
-  flat, tree = jax.tree.flatten(target)
-  return _resharder(tuple(flat), tree, dtype)
+    logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, made)
+  flat, tree = jax.tree.flatten(shardings(mesh, logical_axes, made))
+  return _resharder(prepare, tuple(flat), tree)
+
+
+def _as_they_are(params: dict) -> dict:
+  return params
+
+
+_jit = functools.lru_cache(maxsize=8)(jax.jit)
 
 
 @functools.lru_cache(maxsize=8)  # one program per layout, not one trace per sync
-def _resharder(flat, tree, dtype):
-  def move(params):
-    if dtype is None:
-      return params
-    return jax.tree.map(lambda x: x.astype(dtype), params)
-
-  return jax.jit(move, out_shardings=jax.tree.unflatten(tree, flat))
+def _resharder(prepare, flat, tree):
+  return jax.jit(prepare, out_shardings=jax.tree.unflatten(tree, flat))
 
 
 def local_sharding(x: Any, group: list[jax.Device]) -> NamedSharding:

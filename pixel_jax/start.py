@@ -9,15 +9,18 @@ import dataclasses
 import json
 import os
 import pathlib
-import shutil
 import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from pixel_jax import checkpoint, metrics, optim, parallel
+from pixel_jax import bucket, checkpoint, metrics, optim, parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
@@ -65,17 +68,28 @@ def run(main, needs_workdir: bool = True) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
       if needs_workdir:
-        main(CONFIG.value, pathlib.Path(WORKDIR.value).expanduser().resolve())
+        workdir = bucket.mount(WORKDIR.value)
+        try:
+          main(CONFIG.value, workdir)
+        finally:
+          bucket.sync(workdir)
       else:
         main(CONFIG.value)
     except (
       ConfigError,
+      bucket.BucketError,
       checkpoint.CheckpointError,
       pipeline.DataError,
       sources.SourceError,
       tokenizer.TokenizerError,
     ) as error:
       stop(error)
+    except BaseException:
+      if not jax.distributed.is_initialized():
+        raise
+      # The usual end would wait for the others, which wait for this process.
+      traceback.print_exc()
+      _leave(1)
 
   app.run(start, flags_parser=parse)
 
@@ -106,7 +120,16 @@ def stop(error: Exception) -> None:
   if any("Traceback" in line for line in lines):  # of a config file that refused
     lines = lines[-1:]
   print("error:", " ".join(lines), file=sys.stderr)
+  if jax.distributed.is_initialized():
+    _leave(2)
   sys.exit(2)
+
+
+def _leave(code: int) -> None:
+  """Ends this process at once; the others miss its heartbeat and stop, too."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
 
 
 def call(section: str, function, *args, **kwargs):
@@ -121,22 +144,25 @@ def call(section: str, function, *args, **kwargs):
 
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes the workdir and writes config.json; caches compiled programs beside it."""
+  parallel.initialize()
   workdir.mkdir(parents=True, exist_ok=True)
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
-  if (workdir / "checkpoints").is_dir() and file.exists():
+  lasting = bucket.behind(workdir)
+  if (lasting / "checkpoints").is_dir() and file.exists():
     old, new = json.loads(file.read_text()), json.loads(text)
     differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
     differ = [k for k in differ if k not in FREE]
     if differ:
       raise ConfigError(
-        f"{workdir} was begun with another config ({', '.join(differ)}); continue with "
+        f"{lasting} was begun with another config ({', '.join(differ)}); continue with "
         "the same, or give a new --workdir"
       )
-  file.write_text(text + "\n")
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", workdir.parent / "compiled")
+  parallel.barrier("config")  # nobody reads what is being written
+  if _writes(workdir):
+    file.write_text(text + "\n")
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", lasting.parent / "compiled")
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-  parallel.initialize()
   metrics.count_compiles()  # from here on
 
 
@@ -206,17 +232,20 @@ def open_policy(
   if adapters and adapters["rank"]:
     asked = call("lora", lora.Config, **adapters)
   if init:
-    root = pathlib.Path(init).expanduser().resolve()
-    if not root.exists():
+    root = bucket.behind(init)
+    if not root.is_dir():
       raise ConfigError(
         f"config.init: {root} does not exist; give a workdir or what tools/convert.py "
         "wrote"
       )
-    words = tokenizer.load(root / "tokenizer")
+    words = _load_tokenizer(root / "tokenizer")
     extra = checkpoint.load_extra(root)
     config = model_config.from_hf(extra["model"])
   elif name == "tiny":
-    words = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+    if _writes(workdir):
+      tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+    parallel.barrier("tokenizer")
+    words = tokenizer.load(workdir / "tokenizer")
     config = model_config.tiny(
       words.vocab_size,
       image_token=words.image_pad,
@@ -231,9 +260,9 @@ def open_policy(
       f"config.init is empty, and the {name} model has no tokenizer of its own; "
       "convert a checkpoint first: python tools/convert.py import --hf=DIR --out=DIR"
     )
-  if not (workdir / "tokenizer").exists():
+  if _writes(workdir) and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
-    shutil.copytree(root / "tokenizer", workdir / "tokenizer")
+    bucket.fetch(root / "tokenizer", workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
   call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
@@ -242,21 +271,60 @@ def open_policy(
     params = load(root, config, found, mesh=mesh, seed=seed, whole=whole)
   else:
     params = qwen2_5_vl.init(config, jax.random.key(seed), layout(config, mesh))
-  v = config.vision
-  cut = dict(window=v.window, patch=v.patch, temporal=v.temporal, merge=v.merge)
-  talk = call(
-    "codec",
-    encode.Codec,
-    tokenizer=words,
-    tokens_per_second=v.tokens_per_second,
-    **cut,
-    **codec,
-  )
+  talk = make_codec(words, codec, config.vision)
   return Policy(config, talk, params, init or "fresh", extra.get("hf"))
 
 
+def make_codec(
+  words: tokenizer.Tokenizer,
+  section: Mapping[str, Any],
+  vision: model_config.VisionConfig | None = None,
+) -> encode.Codec:
+  """A tokenizer, `config.codec` and how a model cuts pictures; None = as Qwen's."""
+  v = vision or model_config.VisionConfig()
+  names = ("window", "patch", "temporal", "merge", "tokens_per_second")
+  cut = {name: getattr(v, name) for name in names}
+  return call("codec", encode.Codec, tokenizer=words, **cut, **section)
+
+
+def open_codec(
+  root: str | pathlib.Path, section: Mapping[str, Any] | None = None
+) -> encode.Codec:
+  """That of a workdir or a converted checkpoint.
+
+  Args:
+    section: a `config.codec`; None = that of the workdir, else the released budgets.
+  """
+  root = pathlib.Path(root).expanduser()
+  words, vision = tokenizer.load(root / "tokenizer"), None
+  if section is None:
+    section = {}
+    if (root / "config.json").is_file():
+      config = json.loads((root / "config.json").read_text(encoding="utf-8"))
+      section = config.get("codec", {})
+    if "budgets" in section:
+      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
+  if (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
+    vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
+  return make_codec(words, section, vision)
+
+
+def _writes(workdir: pathlib.Path) -> bool:
+  """Whether this process writes what is the same for all: the first does.  Of a workdir
+  in a bucket each has a local folder of its own."""
+  return jax.process_index() == 0 or not bucket.is_shared(workdir)
+
+
+def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:
+  if isinstance(folder, pathlib.Path):
+    return tokenizer.load(folder)
+  with tempfile.TemporaryDirectory() as local:  # transformers reads local files
+    bucket.fetch(folder, pathlib.Path(local) / "tokenizer")
+    return tokenizer.load(pathlib.Path(local) / "tokenizer")
+
+
 def load(
-  root: pathlib.Path,
+  root: bucket.Folder,
   config: model_config.ModelConfig,
   found: lora.Config | None,
   *,
@@ -309,10 +377,12 @@ def describe(config: ConfigDict, policy: Policy, mesh) -> None:
   sizes = [x.size for x in jax.tree.leaves(policy.params)]
   trained = jax.tree.leaves(optim.split(policy.params, frozen(config))[0])
   device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+  if jax.process_count() > 1:
+    device += f" of {jax.process_count()} processes"
   settings = json.dumps(json.loads(config.to_json_best_effort()))
-  print(f"device   {device}, mesh {dict(mesh.shape)}")
-  print(
+  metrics.say(f"device   {device}, mesh {dict(mesh.shape)}")
+  metrics.say(
     f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}, "
     f"{sum(x.size for x in trained):,} of them trained"
   )
-  print(f"config   {settings}")
+  metrics.say(f"config   {settings}")

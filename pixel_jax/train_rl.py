@@ -15,44 +15,54 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax import answers, checkpoint, metrics, optim, parallel, start, trajectory
+from pixel_jax import (
+  answers,
+  checkpoint,
+  metrics,
+  optim,
+  parallel,
+  preemption,
+  start,
+  trajectory,
+)
 from pixel_jax.chat import encode
 from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import common
 from pixel_jax.model import flops, qwen2_5_vl
 from pixel_jax.rl import grpo, replay, rewards
-from pixel_jax.rollout import engine
+from pixel_jax.rollout import engine, fleet
 
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
   mesh, policy = start.open_run(config, workdir)
+  notice = preemption.Notice()
   freeze = start.frozen(config)
   updates = config.total_steps * config.rl.minibatches
   settings = {**config.optim, "freeze": freeze, "total_steps": updates}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
-  look = functools.partial(
-    sources.open_source, root=config.data.root, codec=policy.codec
+  data = dict(config.data)
+  uri, weights = data.pop("uri"), data.pop("weights")
+  opened = {k: data.pop(k) for k in ("root", "filter")}
+  look = functools.partial(sources.open_source, codec=policy.codec, **opened)
+  source = start.call("data", look, uri, weights=weights)
+  shards = data.pop("shards")
+  mine = dict(
+    workdir=workdir, host=jax.process_index(), hosts=jax.process_count(), shards=shards
   )
-  source = start.call("data", look, config.data.uri)
   questions = start.call(
-    "data",
-    pipeline.tasks,
-    source,
-    seed=config.seed,
-    batch=config.rl.prompts_per_step,
-    workdir=workdir,
-    host=jax.process_index(),
-    hosts=jax.process_count(),
-    shards=config.data.shards,
-  )
+    "data", pipeline.tasks, source, seed=config.seed, batch=config.rl.prompts_per_step,
+    **mine, **data,
+  )  # fmt: skip
   validation = start.call("eval", look, config.eval.uri)
-  held = start.call(
-    "eval", pipeline.fixed_tasks, validation, config.eval.tasks, workdir=workdir
-  )
+  held = start.call("eval", pipeline.fixed_tasks, validation, config.eval.tasks, **mine)
+  make = functools.partial(
+    start.call, "engine", engine.Engine, policy.config.merged, policy.codec,
+    group_size=config.rl.group_size, **config.engine,
+  )  # fmt: skip
   rollouts = start.call(
-    "engine", engine.Engine, policy.config.merged, policy.codec, **config.engine
+    "fleet", fleet.Fleet, make, policy.config, mesh, shards=shards, **config.fleet
   )
   start.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   start.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
@@ -66,8 +76,6 @@ def main(config, workdir):
     "opt": optim.init(tx, trained),
     "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
   }
-  # The engine's weights: adapters merged once per sync cost nothing per token.
-  whole = functools.partial(qwen2_5_vl.merge, policy.config)
 
   # ---- Update ------------------------------------------------------------------------
   zeros, accumulate, apply, old_logp = programs(
@@ -81,7 +89,7 @@ def main(config, workdir):
     total, told = zeros(), []
     for batch in batches:
       total, t = accumulate(total, state["params"], batch, np.float32(tokens))
-      told.append(t)
+      told.append(parallel.settle(t))
     state, m = apply(state, total)
     (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
     work = {k: float(sum(w[k] for w in work)) for k in work[0]}
@@ -89,8 +97,16 @@ def main(config, workdir):
     m = combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
     return state, m, cost
 
+  def before(state, batch):
+    """The batch with log-probs of the policy that sampled, by the trainer's graph."""
+    logp = parallel.settle(old_logp(state["params"], batch))
+    return batch.replace(logp_old=logp)
+
   # ---- Resume ------------------------------------------------------------------------
-  memory = start.call("replay", replay.Replay, **config.replay)
+  memory = {
+    s: start.call("replay", replay.Replay, **config.replay)
+    for s in parallel.own_rows(np.arange(shards)).tolist()
+  }
   if config.replay.keep_steps:
     raise start.ConfigError(
       "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
@@ -100,73 +116,85 @@ def main(config, workdir):
   first, state, host = saver.restore(state)
   if host:
     questions.set_state(host["data"])
-    memory.set_state(host["replay"])
+    for s, buffer in memory.items():
+      buffer.set_state(host["replay"][str(s)])
   writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
 
+  def of_hosts():
+    replayed = {str(s): buffer.get_state() for s, buffer in memory.items()}
+    return {"data": questions.get_state(), "replay": replayed}
+
   # ---- Loop --------------------------------------------------------------------------
-  for step in range(first, config.total_steps):
-    done = step + 1
+  step = first
+  while step < config.total_steps and not notice.agreed():
+    unread = questions.get_state()
+    with writer.timer("data"):
+      asked = next(questions)
     with writer.timer("rollout"):
       groups = rollouts.run(
-        parallel.engine_params(whole(state["params"])),
-        next(questions),
+        rollouts.sync(state["params"]),
+        asked.tasks,
         seed=config.seed,
         step=step,
         group_size=config.rl.group_size,
-        load_media=source.load_media,
+        load_media=asked.load_media,
+        stop=notice.given,
         **config.rollout,
       )
-    stats = rollouts.stats
+      if notice.agreed():  # the step is given up: the next start begins it anew
+        questions.set_state(unread)
+        break
+      stats = rollouts.stats() | parallel.total(questions.counts())
     with writer.timer("reward"):
       parts, mask, m = judge(groups, config.rl.masked_stops, **config.reward)
       advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
       m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
-      kept = np.asarray(grpo.kept(mask))
-      scored = score(groups, parts, np.asarray(advantage), kept, step)
-      examples = [e for e in scored if pack.fits(e, **limits)]
-      m["rollout/too_long"] = float(len(scored) - len(examples))
-      chosen, replayed = memory.select(
-        examples, np.random.default_rng((config.seed, step))
-      )
+      scored = score(groups, parts, advantage, grpo.kept(mask), step)
+      examples = within(scored, **limits)
+      chosen, replayed = choose(memory, examples, (config.seed, step))
+      work = parallel.total({
+        "kept": count(scored), "fit": count(examples), "replayed": replayed,
+        "sampled": sum(sum(f.trajectory.sampled) for g in groups for f in g),
+        "tokens": sum(e.weight.sum() for x in examples.values() for e in x),
+      })  # fmt: skip
+      m["rollout/too_long"] = work["kept"] - work["fit"]
     with writer.timer("update"):
       parts = split(chosen, config.rl.minibatches)
       plan = [(fill(part), count_tokens(part)) for part in parts]
-      alone = config.rl.minibatches == 1 and not parallel.agree(replayed, "max")
+      alone = config.rl.minibatches == 1 and not work["replayed"]
       if not alone:
-        plan = [
-          ([b.replace(logp_old=old_logp(state["params"], b)) for b in batches], own)
-          for batches, own in plan
-        ]
+        plan = [([before(state, b) for b in batches], own) for batches, own in plan]
       updated, cost = [], collections.Counter()
       for batches, own in plan:
         # Rollouts without an advantage have no gradient, but they count as tokens.
-        tokens = count_tokens(examples) if alone else own
+        tokens = max(work["tokens"], 1.0) if alone else own
         state, um, spent = update(state, batches, own, tokens)
         updated.append(um)
         cost.update(spent)
       m |= average(updated)
       m["optim/skipped"] = float(not plan)
-    if done % config.eval_every == 0 or done == config.total_steps:
+    step += 1
+    if step % config.eval_every == 0 or step == config.total_steps:
       with writer.timer("eval"):
         m |= held_out(
-          rollouts, whole(state["params"]), held, validation.load_media, config.seed,
+          rollouts, state["params"], held, validation.load_media, config.seed,
           **config.rollout,
         )  # fmt: skip
-    sampled = sum(sum(f.trajectory.sampled) for g in groups for f in g)
-    writer.write(done, m | stats, tokens=sampled, flops=cost)
-    if done % config.keep_trajectories_every == 0 or done == config.total_steps:
-      trajectory.write_jsonl(
-        workdir / "trajectories" / f"step_{done:06d}.jsonl",
-        (f.trajectory for g in groups for f in g),
-      )
-    if done % config.save_every == 0 or done == config.total_steps:
-      saver.save(
-        done, state, {"data": questions.get_state(), "replay": memory.get_state()}
-      )
+    writer.write(step, m | stats, tokens=work["sampled"], flops=cost)
+    if step % config.keep_trajectories_every == 0 or step == config.total_steps:
+      name = trajectory.host_file(f"step_{step:06d}", mine["host"], mine["hosts"])
+      played = (f.trajectory for g in groups for f in g)
+      trajectory.write_jsonl(workdir / "trajectories" / name, played)
+    if step % config.save_every == 0:
+      saver.save(step, state, of_hosts())
+  if not saver.has(step):
+    saver.save(step, state, of_hosts())
   saver.close()
   writer.close()
-  print(f"done: {config.total_steps} steps, {metrics.compiled()}")
-  print(f"in {workdir}: metrics.jsonl, trajectories/, checkpoints/")
+  notice.close()
+  metrics.say(metrics.ended(step, config.total_steps))
+  lasting = saver.directory.parent
+  metrics.say(f"in {lasting}: metrics.jsonl, trajectories/, checkpoints/")
 
 
 def programs(config, model, tx, schedule, state):
@@ -236,33 +264,37 @@ def programs(config, model, tx, schedule, state):
 
 
 def judge(groups, masked_stops, **reward):
-  """Rewards of the groups: parts f32[Q G], mask bool[Q G], and the step's metrics.
+  """Rewards of the groups of all hosts, which call it together with their own.
 
-  Rollouts that stopped by one of `masked_stops` leave mean, std and loss.
+  Returns parts f32[Q G], mask bool[Q G], and the step's metrics.  Rollouts that stopped
+  by one of `masked_stops` leave mean, std and loss.
   """
 
   def grid(f, dtype=np.float32):
     return np.array([[f(x.trajectory) for x in group] for group in groups], dtype)
 
-  correct = grid(common.judge)
-  succeeded = grid(lambda t: t.ops_succeeded, np.int32)
-  attempted = grid(lambda t: t.ops_attempted, np.int32)
-  mask = grid(lambda t: t.stop not in masked_stops, bool)
-  parts = rewards.shaped(
-    correct,
-    succeeded,
-    attempted,
-    error_unrepaired=grid(
-      lambda t: bool(t.calls) and t.calls[-1].error is not None, bool
-    ),
-    is_video=grid(lambda t: any(m.kind == "video" for m in t.task.media), bool)[:, 0],
-    unparsed=grid(lambda t: not answers.extract(t.turns[-1]["text"]), bool),
-    **reward,
+  seen = parallel.gather_rows(
+    {
+      "correct": grid(common.judge),
+      "ops_succeeded": grid(lambda t: t.ops_succeeded, np.int32),
+      "ops_attempted": grid(lambda t: t.ops_attempted, np.int32),
+      "error_unrepaired": grid(
+        lambda t: bool(t.calls) and t.calls[-1].error is not None, bool
+      ),
+      "is_video": grid(lambda t: any(m.kind == "video" for m in t.task.media), bool)[
+        :, 0
+      ],
+      "unparsed": grid(lambda t: not answers.extract(t.turns[-1]["text"]), bool),
+      "mask": grid(lambda t: t.stop not in masked_stops, bool),
+    }
   )
+  mask = seen.pop("mask")
+  parts = rewards.shaped(**seen, **reward)
   parts = {k: np.asarray(v) for k, v in jax.device_get(parts).items()}
-  used = succeeded > 0
-  calls = [c for g in groups for x in g for c in x.trajectory.calls]
-  failed = collections.Counter(c.error for c in calls if c.error)
+  correct, attempted = seen["correct"], seen["ops_attempted"]
+  used = seen["ops_succeeded"] > 0
+  errors = [c.error for g in groups for x in g for c in x.trajectory.calls if c.error]
+  failed = collections.Counter(e for part in parallel.gather_json(errors) for e in part)
   m = {
     "reward/mean": parts["total"].mean(),
     "reward/correct": correct.mean(),
@@ -270,7 +302,7 @@ def judge(groups, masked_stops, **reward):
     "reward/penalty": parts["penalty"].mean(),
     "ops/rapr": used.mean(),
     "ops/per_rollout": attempted.mean(),
-    "ops/error_rate": sum(failed.values()) / max(len(calls), 1),
+    "ops/error_rate": sum(failed.values()) / max(attempted.sum(), 1),
     "rollout/masked": 1.0 - mask.mean(),
   }
   if used.any():
@@ -282,24 +314,52 @@ def judge(groups, masked_stops, **reward):
 
 
 def score(groups, parts, advantage, kept, step):
-  """Writes reward and advantage into the trajectories; those kept come as examples."""
-  examples = []
+  """Writes reward and advantage into the trajectories of this host.
+
+  Those kept come as examples: logical shard -> list.
+  """
+  parts = {k: parallel.own_rows(v) for k, v in parts.items() if v.ndim == 2}
+  advantage, kept = parallel.own_rows(advantage), parallel.own_rows(kept)
+  examples = collections.defaultdict(list)
   for q, group in enumerate(groups):
     for g, finished in enumerate(group):
       t = finished.trajectory
       t.policy_step = step
       t.advantage = float(advantage[q, g])
-      t.reward = {k: float(v[q, g]) for k, v in parts.items() if v.ndim == 2}
+      t.reward = {k: float(v[q, g]) for k, v in parts.items()}
       if kept[q, g]:
-        examples.append(encode.example(t, finished.pixels))
+        examples[t.task.shard].append(encode.example(t, finished.pixels))
   return examples
 
 
-def split(examples, minibatches):
-  """Contiguous parts, as many on every host: one whose groups are all uniform waits."""
-  parts = np.array_split(np.arange(len(examples)), minibatches)
-  parts = [p for p in parts if parallel.agree(len(p), "max")]
-  return [[examples[i] for i in part] for part in parts]
+def within(examples, **limits):
+  """Those that a row can hold."""
+  return {s: [e for e in x if pack.fits(e, **limits)] for s, x in examples.items()}
+
+
+def choose(memory, examples, seed):
+  """The examples to train on, shard by shard, and how many of them were drawn again."""
+  chosen, replayed = {}, 0
+  for shard, buffer in memory.items():
+    rng = np.random.default_rng((*seed, shard))
+    chosen[shard], drawn = buffer.select(examples.get(shard, []), rng)
+    replayed += drawn
+  return chosen, replayed
+
+
+def count(examples):
+  return sum(map(len, examples.values()))
+
+
+def split(chosen, minibatches):
+  """Minibatches, each a contiguous part of every shard; as many on every host."""
+  cuts = [np.arange(minibatches + 1) * len(x) // minibatches for x in chosen.values()]
+  parts = [
+    [e for x, cut in zip(chosen.values(), cuts) for e in x[cut[i] : cut[i + 1]]]
+    for i in range(minibatches)
+  ]
+  some = parallel.agree(np.array([len(part) for part in parts]), "max")
+  return [part for part, n in zip(parts, some) if n]
 
 
 def to_batches(mesh, rows, examples, **limits):
@@ -337,18 +397,28 @@ def average(updates):
 
 
 def held_out(rollouts, params, tasks, load_media, seed, **rollout):
-  """Accuracy and habits on held-out questions, one answer each."""
+  """Accuracy and habits on the held-out questions of all hosts, one answer each."""
   played = common.play(
     rollouts,
-    parallel.engine_params(params),
+    rollouts.sync(params),
     tasks,
     mode="free",
     seed=seed,
     load_media=load_media,
     **rollout,
   )
-  summary = common.summarize(played)
-  return {f"eval/{k}": summary[k] for k in ("accuracy", "rapr", "error_rate")}
+  calls = [c for t in played for c in t.calls]
+  n = parallel.total({
+    "rollouts": len(played), "calls": len(calls),
+    "right": sum(map(common.judge, played)),
+    "used": sum(t.ops_succeeded > 0 for t in played),
+    "failed": sum(c.error is not None for c in calls),
+  })  # fmt: skip
+  return {
+    "eval/accuracy": n["right"] / n["rollouts"],
+    "eval/rapr": n["used"] / n["rollouts"],
+    "eval/error_rate": n["failed"] / max(n["calls"], 1),
+  }
 
 
 def count_tokens(examples):

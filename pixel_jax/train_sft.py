@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pixel_jax import checkpoint, features, metrics, optim, parallel, start
+from pixel_jax import checkpoint, features, metrics, optim, parallel, preemption, start
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import flops, qwen2_5_vl
 
@@ -18,6 +18,7 @@ from pixel_jax.model import flops, qwen2_5_vl
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
   mesh, policy = start.open_run(config, workdir)
+  notice = preemption.Notice()
   freeze = start.frozen(config)
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
@@ -29,6 +30,9 @@ def main(config, workdir):
   data = dict(config.data)
   uri, weights = data.pop("uri"), data.pop("weights")
   opened = {k: data.pop(k) for k in ("root", "filter")}
+
+  def on_devices(rows):
+    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
   def batches(uri, seed, weights=()):
     source = start.call(
@@ -45,11 +49,9 @@ def main(config, workdir):
       host=jax.process_index(),
       hosts=jax.process_count(),
       apart=bank is not None,
+      place=on_devices,
       **data,
     )
-
-  def on_devices(rows):
-    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
   train = batches(uri, config.seed, weights)
   batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
@@ -79,32 +81,44 @@ def main(config, workdir):
   writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
 
   # ---- Loop --------------------------------------------------------------------------
-  for step in range(first, config.total_steps):
+  done = first
+  while done < config.total_steps and not notice.agreed():
     with writer.timer("data"):
-      batch = on_devices(next(train))
+      batch = next(train)
+      parallel.barrier("rows")
+    done += 1
     with writer.timer("update"):
       state, *told = update(state, batch)
+    if done < config.total_steps:
+      with writer.timer("data"):  # while the devices work
+        train.prepare()
+    with writer.timer("update"):
       m, work = jax.tree.map(float, jax.device_get(told))
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
-    done = step + 1
     if done % config.eval_every == 0 or done == config.total_steps:
       held = batches(config.eval.uri, config.seed + 1)
-      rows = [next(held) for _ in range(config.eval.batches)]
+      losses = []
+      for _ in range(config.eval.batches):
+        rows = next(held)
+        parallel.barrier("held rows")
+        losses.append(parallel.settle(heldout(state["params"], rows)))
       held.close()  # its thread reads ahead until then
-      losses = [heldout(state["params"], on_devices(r)) for r in rows]
       m["eval/loss"] = float(sum(losses) / len(losses))
     cost = flops.of_work(policy.config, work, optim.list_paths(trained))
     writer.write(
-      done, m | train.counts(), tokens=work["tokens"],
+      done, m | parallel.total(train.counts()), tokens=work["tokens"],
       image_tokens=work["image_tokens"], flops=cost.parts(),
     )  # fmt: skip
-    if done % config.save_every == 0 or done == config.total_steps:
+    if done % config.save_every == 0:
       saver.save(done, state, {"data": train.get_state()})
+  if not saver.has(done):
+    saver.save(done, state, {"data": train.get_state()})
   saver.close()
   writer.close()
-  print(f"done: {config.total_steps} steps, {metrics.compiled()}")
-  print(f"in {workdir}: metrics.jsonl, checkpoints/, tokenizer/")
+  notice.close()
+  metrics.say(metrics.ended(done, config.total_steps))
+  metrics.say(f"in {saver.directory.parent}: metrics.jsonl, checkpoints/, tokenizer/")
 
 
 def programs(config, model, tx, schedule, state):

@@ -117,6 +117,11 @@ def from_dict(fields: dict[str, Any]) -> Trajectory:
   return Trajectory(task=Task(**task), **d)
 
 
+def host_file(stem: str, host: int, hosts: int) -> str:
+  """The name below trajectories/ of what one of several hosts played."""
+  return f"{stem}.{host:03d}.jsonl" if hosts > 1 else f"{stem}.jsonl"
+
+
 def write_jsonl(path: str | pathlib.Path, trajectories: Iterable[Trajectory]) -> None:
   """Writes the whole file or nothing (a killed run leaves no half line behind)."""
   path = pathlib.Path(path)

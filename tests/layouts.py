@@ -1,7 +1,7 @@
 """Small data sets in the true layouts of others, made from a seed; not a test.
 
-`write(layout, root, n)` gives the URI.  What stands in the files is read again in the
-tests by the files' own readers.
+A layout, called with (root, n), writes n records and gives their URI.  What stands in
+the files is read again in the tests by the files' own readers.
 """
 
 import io
@@ -13,6 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
+from configs import common
+from pixel_jax.chat import encode, tokenizer
+from pixel_jax.data import world
+
+# Small views of these pictures, no two roles the same.
+BUDGETS = {
+  "image": (56 * 56, 84 * 84),
+  "video": (28 * 28, 28 * 28),
+  "crop": (28 * 28, 56 * 56),
+  "frame": (28 * 28, 56 * 56),
+}
 HINT = (
   "\n\nGuidelines: Understand the given visual information and the user query. "
   "Determine if it is beneficial to employ the given visual operations (tools). For a "
@@ -22,6 +33,17 @@ HINT = (
 )
 SYSTEM = "You are a helpful assistant.\n\n# Tools\n..."
 PICTURES = 4  # distinct ones; a data set of 1,000 names them over and over
+
+
+def codec(folder) -> encode.Codec:
+  words = tokenizer.make_tiny(folder, world.scaffolds())
+  return encode.Codec(tokenizer=words, budgets=BUDGETS, video_frames=16)
+
+
+def world_codec(folder) -> encode.Codec:
+  """That of the tiny configs."""
+  words = tokenizer.make_tiny(folder, world.scaffolds())
+  return encode.Codec(tokenizer=words, **common.codec("tiny"))
 
 
 def picture(i: int) -> Image.Image:
@@ -257,6 +279,13 @@ def ours(root, n: int) -> str:
   return "jsonl:x.jsonl"
 
 
+def text_only(root, n: int) -> str:
+  """Questions without a picture."""
+  rows = [{"question": f"What is {i} + 1?", "answer": str(i + 1)} for i in range(n)]
+  (root / "text.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+  return "jsonl:text.jsonl"
+
+
 def task(i: int) -> dict:
   media = [{"kind": "image", "path": f"images/{i % PICTURES}.png", "fps": 0.0}]
   return {
@@ -322,4 +351,4 @@ def _tfds(lib, root, n: int) -> str:
 
 
 TRACES = (pixel_reasoner_sft, mini_o3, messages)
-QUESTIONS = (pixel_reasoner_rl, deepeyes, verl, ours, array_record, tfds)
+QUESTIONS = (pixel_reasoner_rl, deepeyes, verl, ours, text_only, array_record, tfds)

@@ -1,4 +1,6 @@
-"""Sampling, fork and the pieces of a prefill, on arrays."""
+"""Sampling, moves and the pieces of a prefill, on arrays."""
+
+import collections
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pixel_jax.batch import Cache
+from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import config as model_config
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.rollout import decode
@@ -146,12 +148,23 @@ def prefill(model, ids, pieces):
   return cache
 
 
+def alone(cache):
+  """Nobody has a prompt: all that was said lies in the cache itself."""
+  nothing = jnp.zeros((cache.k.shape[0], 1, *cache.k.shape[2:]))
+  zero = np.zeros(1, np.int32)
+  lane = np.full((1, 1), B, np.int32)
+  return Prompts(nothing, nothing, zero, np.zeros(B, np.int32), lane)
+
+
 DECODE = jax.jit(
   decode.decode, static_argnames=("config", "sampling", "stops", "lanes")
 )
 
 
-def send(model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, **kwargs):
+def send(
+  model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, prompts=None,
+  **kwargs,
+):  # fmt: skip
   """(cache, slots, tokens, log-probs, count)"""
   config, params = model
   mask = np.zeros(V, bool)
@@ -159,7 +172,8 @@ def send(model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, **kwa
   forced = np.full((B, chunk), -1, np.int32) if forced is None else forced
   kwargs = dict(sampling=Sampling(), stops=(END,), lanes=lanes) | kwargs
   banned = mask if banned else None
-  return DECODE(config, params, cache, standing, forced, banned, **kwargs)
+  prompts = prompts or alone(cache)
+  return DECODE(config, params, cache, prompts, standing, forced, banned, **kwargs)
 
 
 def play(*args, **kwargs):
@@ -308,17 +322,85 @@ def test_a_row_does_not_depend_on_the_others(model, ids):
     np.testing.assert_array_equal(whole[i][order], mixed[i])
 
 
-# ---- Fork ----------------------------------------------------------------------------
+# ---- Prompts -------------------------------------------------------------------------
 
 
-def test_fork_copies_in_the_given_order_and_no_more():
+def share(model, prompts, rows):
+  """(an empty cache, prompts i32[P n] that slot b goes on from by rows[b], lengths)"""
+  config, _ = model
+  P, n = prompts.shape
+  filled = prefill(model, np.resize(prompts, (B, n)), (n - 1,))
+  lane = np.full((P, max(collections.Counter(rows).values())), B, np.int32)
+  for p in range(P):
+    slots = [b for b in range(B) if rows[b] == p]
+    lane[p, : len(slots)] = slots
+  length = np.full(P, n - 1, np.int32)
+  k, v = (x[:, :P, :, :16] for x in (filled.k, filled.v))
+  return qwen2_5_vl.init_cache(config, B, S), Prompts(
+    k, v, length, np.array(rows), lane
+  )
+
+
+def test_sequences_go_on_from_prompts_they_share(model):
+  """As if each had its own: tokens, log-probs, keys, and what operations return."""
+  rng = np.random.default_rng(6)
+  stored = rng.integers(4, V, (3, 9)).astype(np.int32)
+  rows = [0, 2, 0, 1, 2, 0, 0, 2]
+  ids = stored[rows]
+  whole = prefill(model, ids, (8,))
+  standing = slots(ids, [5] * B)
+  one = play(model, whole, standing, banned=[END])
+  own, prompts = share(model, stored, rows)
+  mine = standing.replace(length=np.zeros(B, np.int32))
+  two = play(model, own, mine, banned=[END], prompts=prompts)
+  np.testing.assert_array_equal(one[1], two[1])
+  np.testing.assert_allclose(one[2], two[2], rtol=0, atol=1e-5)
+  np.testing.assert_array_equal(two[0].length, 5)
+  # A turn of three that lies behind: keys and values come out alike.
+  new = rng.integers(4, V, (B, 3)).astype(np.int32)
+  config, params = model
+  extend = jax.jit(decode.extend, static_argnames=("config", "view"))
+  bank = jnp.zeros((4, config.text.width))
+  behind = np.full(B, 8 + 5, np.int32)
+  position = np.broadcast_to((behind[:, None] + np.arange(3))[..., None], (B, 3, 3))
+  turns = decode.Turns(
+    slot=np.arange(B, dtype=np.int32), length=behind, count=np.full(B, 3, np.int32),
+    tokens=new, position=position, feature=np.full((B, 3), -1, np.int32),
+  )  # fmt: skip
+  a = extend(config, params, one[0], turns, bank, view=S)
+  turns = turns.replace(length=behind - 8)
+  b = extend(config, params, two[0], turns, bank, prompts, view=12)
+  np.testing.assert_allclose(a.k[..., 8:16, :], b.k[..., :8, :], rtol=0, atol=1e-5)
+  np.testing.assert_allclose(a.v[..., 8:16, :], b.v[..., :8, :], rtol=0, atol=1e-5)
+
+
+def test_a_sequence_does_not_depend_on_who_shares_its_prompt(model):
+  rng = np.random.default_rng(7)
+  stored = rng.integers(4, V, (4, 9)).astype(np.int32)
+  rows = [0, 0, 1, 1, 2, 2, 3, 3]
+  out = []
+  for order in (np.arange(B), rng.permutation(B)):
+    own, prompts = share(model, stored, [rows[i] for i in order])
+    standing = slots(stored[rows][order], [6] * B).replace(
+      length=np.zeros(B, np.int32), key=keys(B)[order]
+    )
+    played = play(model, own, standing, prompts=prompts)
+    out.append([x[np.argsort(order)] for x in played[1:]])
+  for a, b in zip(*out):
+    np.testing.assert_array_equal(a, b)
+
+
+# ---- Moves ----------------------------------------------------------------------------
+
+
+def test_moves_copy_in_the_given_order_and_no_more():
   rng = np.random.default_rng(0)
   k, v = rng.normal(size=(2, 2, B, 1, 6, 3)).astype(np.float32)
   cache = Cache(k=jnp.asarray(k), v=jnp.asarray(v), length=jnp.zeros(B, jnp.int32))
   source, target = np.array([1, 1, 4, 0]), np.array([2, 0, 5, 7])
   length = np.array([1, 4, 5, 6])
-  fork = jax.jit(decode.fork, static_argnames="size")
-  out = fork(cache, source, target, length, 3, size=4)
+  move = jax.jit(decode.move, static_argnames="size")
+  out = move(cache, source, target, length, 3, size=4)
   for got, x in ((out.k, k), (out.v, v)):
     expected = x.copy()
     for s, t, n in zip(source[:3], target[:3], (4, 4, 6)):  # whole pieces

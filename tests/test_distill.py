@@ -11,8 +11,10 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import jax
+import layouts
 import numpy as np
 import pytest
 import teachers
@@ -20,7 +22,7 @@ from PIL import Image
 
 from configs import synthesize as config_file
 from pixel_jax import trajectory
-from pixel_jax.chat import encode, tokenizer, tools
+from pixel_jax.chat import encode, tools
 from pixel_jax.data import (
   checks,
   distill,
@@ -71,10 +73,10 @@ def configure(seeds=24, **teacher_settings):
   return config
 
 
-def run(tool, config, workdir):
+def run(tool, config, workdir, codec=None):
   """What `main` does, in this process."""
   workdir.mkdir(exist_ok=True)
-  codec = tool.open_codec(config, workdir)
+  codec = codec or tool.open_codec(config, workdir)
   source = sources.open_source(codec=codec, **config.data)
   recipe = distill.Recipe(seed=config.seed, **config.recipe)
   return asyncio.run(tool.synthesize_all(config, workdir, codec, source, recipe))
@@ -309,8 +311,13 @@ def test_the_layout_of_pixel_reasoner_loads_with_plain_json(made):
 # ---- Seeds without a cue, and seeds that are none ------------------------------------
 
 
-def write_seeds(path, tasks):
-  path.write_text("".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in tasks))
+def run_on(tool, tasks, root):
+  """Tasks of a file as seeds; what is written lies in root/out."""
+  lines = "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in tasks)
+  (root / "seeds.jsonl").write_text(lines)
+  config = configure(0)
+  config.data.update(uri="jsonl:seeds.jsonl", root=str(root))
+  return run(tool, config, root / "out", layouts.world_codec(root / "words"))
 
 
 def test_a_teacher_proposes_where_there_is_no_cue(tool, serve, tmp_path):
@@ -318,24 +325,48 @@ def test_a_teacher_proposes_where_there_is_no_cue(tool, serve, tmp_path):
   server.kinds[1] = ["wrong"]  # half of the pictures are not valid, it says
   tasks = [world.task(0, "train", world.nth("image", n)) for n in range(16)]
   bare = [dataclasses.replace(t, question="-", answer="-", reference={}) for t in tasks]
-  write_seeds(tmp_path / "seeds.jsonl", bare)
-  config = configure(0)
-  config.data.update(uri="jsonl:seeds.jsonl", root=str(tmp_path))
-  words = tokenizer.make_tiny(tmp_path / "words", world.scaffolds())
-  codec = encode.Codec(tokenizer=words, **config.codec)
-  source = sources.open_source("jsonl:seeds.jsonl", root=tmp_path, codec=codec)
-  recipe = distill.Recipe(**config.recipe)
-  workdir = tmp_path / "a"
-  workdir.mkdir()
-  report = asyncio.run(tool.synthesize_all(config, workdir, codec, source, recipe))
+  report = run_on(tool, bare, tmp_path)
   assert report["dropped"]["not valid"] >= 3 and report["written"] >= 2
   assert report["written"] + sum(report["dropped"].values()) == 16
   right = {t.id: t.answer for t in tasks}
-  for t in lines(workdir, "trajectories.jsonl"):
+  for t in lines(tmp_path / "out", "trajectories.jsonl"):
     task = t["task"]
     options = dict(x.split(". ") for x in task["question"].splitlines()[1:])
     assert options[task["answer"]] == f"the {right[task['id']]}"
     assert len(task["reference"]["bbox_2d"]) == 4
+
+
+@pytest.mark.parametrize("uri", ["images:photos", "images:photos.zip"])
+def test_bare_pictures_become_questions(uri, tool, serve, tmp_path):
+  """A folder or a zip of pictures is all there is; half of them are not valid."""
+  serve(staying=0.5).kinds[1] = ["wrong"]
+  (tmp_path / "photos").mkdir()
+  right = {}
+  with zipfile.ZipFile(tmp_path / "photos.zip", "w") as z:
+    for n in range(16):
+      task, name = world.task(0, "train", world.nth("image", n)), f"photos/{n}.png"
+      world.load_media(task.media[0]).save(tmp_path / name)
+      z.write(tmp_path / name, f"{n}.png")
+      right[f"zip:photos.zip!{n}.png" if "zip" in uri else name] = task.answer
+  config = configure(0)
+  config.data.update(uri=uri, root=str(tmp_path))
+  out, codec = tmp_path / "out", layouts.world_codec(tmp_path / "words")
+  report = run(tool, config, out, codec)
+  assert report["dropped"]["not valid"] >= 3 and report["written"] >= 2
+  assert report["written"] + sum(report["dropped"].values()) == 16
+  for t in lines(out, "trajectories.jsonl"):
+    task = t["task"]
+    options = dict(x.split(". ") for x in task["question"].splitlines()[1:])
+    assert options[task["answer"]] == f"the {right[task['id']]}"
+  # What is written is trained on, its pictures read from where they were.
+  source = sources.open_source(
+    f"jsonl:{out / 'trajectories.jsonl'}", root=tmp_path, codec=codec
+  )
+  for i in range(len(source)):
+    t = source[i]
+    assert len(encode.redraw(t, codec, source.load_media)) == len(t.slots)
+  release = json.loads((out / "pixel_reasoner/release.json").read_text())
+  assert len(release) == report["written"]
 
 
 BAD = {
@@ -368,16 +399,9 @@ def test_bad_seeds_cost_nothing(tool, serve, tmp_path):
     dataclasses.replace(world.task(0, "train", 0), id=name, **changes)
     for name, changes in BAD.items()
   ]
-  write_seeds(tmp_path / "seeds.jsonl", seeds)
-  config = configure(0)
-  config.data.update(uri="jsonl:seeds.jsonl", root=str(tmp_path))
-  words = tokenizer.make_tiny(tmp_path / "words", world.scaffolds())
-  codec = encode.Codec(tokenizer=words, **config.codec)
-  source = sources.open_source("jsonl:seeds.jsonl", root=tmp_path, codec=codec)
-  recipe = distill.Recipe(**config.recipe)
-  report = asyncio.run(tool.synthesize_all(config, tmp_path, codec, source, recipe))
+  report = run_on(tool, seeds, tmp_path)
   assert report["dropped"] == {"large": 1, "seed": len(BAD) - 2, "small": 1}
-  dropped = lines(tmp_path, "dropped.jsonl")
+  dropped = lines(tmp_path / "out", "dropped.jsonl")
   assert [d["index"] for d in dropped] == list(range(len(BAD)))
   assert not server.asked
 
@@ -399,13 +423,16 @@ def quick_compiles():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_ours_can_be_the_teacher(tool, tmp_path, quick_compiles):
-  """A fresh model says nothing of use: all is dropped, counted, and kept."""
+def test_a_checkpoint_of_ours_can_be_the_teacher(
+  tool, tmp_path, quick_compiles, monkeypatch
+):
+  """A fresh model says nothing of use: all is dropped, counted, and kept.  Made to say
+  what a teacher would, it writes a trace: the whole way through our engine."""
   from pixel_jax import checkpoint, start
 
   config = configure(2)
   config.engine.update(
-    slots=2, max_len=1536, prompt_len=1280, views=(1536,), patches=64
+    slots=2, max_prompt=1280, max_len=2048, prompt_len=1280, views=(), patches=64
   )
   config.recipe.update(max_tokens=16, takes=2)
   workdir = tmp_path / "a"
@@ -426,3 +453,22 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(tool, tmp_path, quick_compiles)
   notes = journal.Journal(workdir / "teacher.jsonl")
   assert len(notes) == 4
   notes.close()
+
+  play, words = tool.engine.Engine.run, policy.codec.tokenizer
+  true = {}  # what a teacher would say to a question about these pictures
+
+  def says(task, _):
+    return [[*words.encode(json.dumps(true[task.id]), control=False), words.im_end]]
+
+  def scripted(self, params, tasks, *, load_media, **how):
+    for t in tasks:
+      pictures = [load_media(m) for m in t.media]
+      true[t.id] = teachers.reply(t.question, pictures, "")
+    return play(self, params, tasks, load_media=load_media, script=says, **how)
+
+  monkeypatch.setattr(tool.engine.Engine, "run", scripted)
+  config.recipe.max_tokens = 400
+  report = run(tool, config, tmp_path / "b", policy.codec)
+  assert report["written"] == 2 and report["teacher"]["answered"] == 4
+  for t in lines(tmp_path / "b", "trajectories.jsonl"):
+    assert t["turns"][-1]["text"].endswith(f"\\boxed{{{t['task']['answer']}}}")

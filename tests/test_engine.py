@@ -21,8 +21,8 @@ from pixel_jax.model import qwen2_5_vl
 from pixel_jax.rollout import engine
 
 SHAPES = dict(
-  slots=16, max_len=160, prompt_len=24, extend_len=16, patches=64, extend_rows=4,
-  prompt_rows=2, chunk=5,
+  group_size=6, slots=16, max_prompt=80, max_len=240, prompt_len=24, extend_len=16,
+  patches=64, extend_rows=4, prompt_rows=2, chunk=5,
 )  # fmt: skip
 TOKEN_LOGP = jax.jit(qwen2_5_vl.token_logp, static_argnums=(0, 3))
 LIMITS = dict(max_turns=4, max_new_tokens=60, load_media=load_media)
@@ -91,6 +91,13 @@ def run(playing, params, tasks, **kwargs):
 
 
 @pytest.fixture(scope="module")
+def wide(world):
+  """An engine for groups that are larger than its slots."""
+  codec, config, _ = world
+  return engine.Engine(config, codec, **(SHAPES | dict(max_len=480, group_size=40)))
+
+
+@pytest.fixture(scope="module")
 def scripted(world):
   """An engine with room for SCRIPTS."""
   codec, config, _ = world
@@ -98,7 +105,7 @@ def scripted(world):
   for question in ("q3", "q4"):
     for sample, turn in enumerate([*HOSTILE, odd]):
       SCRIPTS[question, sample] = [turn, ANSWER]
-  return engine.Engine(config, codec, **(SHAPES | dict(max_len=400)))
+  return engine.Engine(config, codec, **(SHAPES | dict(max_len=480)))
 
 
 def perform(playing, world, tasks, **kwargs):
@@ -204,12 +211,10 @@ def test_multi_turn_equals_replay_and_full_forward(world, scripted, delay):
   assert scripted.stats["rollout/pictures"] == len(shown)
 
 
-def test_hostile_turns_end_cleanly(world, scripted):
+def test_hostile_turns_end_cleanly(world, wide, scripted):
   codec = world[0]
   tasks = [question_of("q3"), question_of("q4")]
-  groups = perform(
-    scripted, world, tasks, group_size=len(HOSTILE) + 1, max_new_tokens=200
-  )
+  groups = perform(wide, world, tasks, group_size=len(HOSTILE) + 1, max_new_tokens=200)
   kinds = collections.Counter()
   for question, group in zip(tasks, groups):
     for sample, f in enumerate(group):
@@ -345,7 +350,7 @@ def test_buckets_change_nothing_but_rounding(world, plain, record_property):
 def test_steady_state_keeps_the_slots_busy(world):
   """Log-normal turns, as performance.md 6.1 scaled: mean 40 tokens for chunks of 4."""
   codec, config, params = world
-  shapes = SHAPES | dict(slots=8, max_len=400, chunk=4, extend_rows=8)
+  shapes = SHAPES | dict(slots=8, max_len=480, chunk=4, extend_rows=8)
   playing = engine.Engine(config, codec, **shapes)
   rng = np.random.default_rng(0)
   pad = codec.tokenizer.encode("a")[0]
@@ -386,10 +391,10 @@ def test_refill_keeps_task_order_and_prefills_once(world, plain):
   assert plain.stats["rollout/tokens"] == sampled
 
 
-def test_group_larger_than_the_slots(world, plain):
+def test_group_larger_than_the_slots(world, wide):
   _, _, params = world
-  (group,) = run(plain, params, [task(0)], group_size=40, max_new_tokens=6)
-  assert plain.stats["rollout/prefills"] == 1
+  (group,) = run(wide, params, [task(0)], group_size=40, max_new_tokens=6)
+  assert wide.stats["rollout/prefills"] == 1
   check_logp(world, group)
 
 
@@ -434,7 +439,7 @@ def test_compiles_once_per_shape(world, scripted):
   tasks = [question_of(f"q{i}") for i in range(3)]
   for temperature in (1.0, 0.7):
     perform(scripted, world, tasks, group_size=3, temperature=temperature)
-  # open, place, fork; prompts and turns of "extend"; rows of 64, 32 and 16 patches; two
+  # open, place, move; prompts and turns of "extend"; rows of 64, 32 and 16 patches; two
   # ways of sampling in 16, 8 or 4 lanes.  Nothing is cast.
   assert scripted.compiles == 14 == scripted.declared - 1
   perform(scripted, world, tasks[::-1], group_size=3, seed=1)
@@ -473,32 +478,36 @@ def test_bfloat16_engine_agrees_with_itself(world):
 def test_errors_name_the_remedy(world, plain):
   codec, config, params = world
   with pytest.raises(ValueError, match="leaves room"):
-    engine.Engine(config, codec, **(SHAPES | dict(prompt_len=160)))
+    engine.Engine(config, codec, **(SHAPES | dict(max_prompt=240)))
   long = dataclasses.replace(task(0), question="x" * 200)
-  with pytest.raises(ValueError, match=r"task q0 has .* `max_len`"):
+  with pytest.raises(ValueError, match=r"task q0 has .* `max_prompt`"):
     run(plain, params, [long])
   small = engine.Engine(config, codec, **(SHAPES | dict(patches=16)))
-  with pytest.raises(ValueError, match="36 patches .* at most 16"):
+  with pytest.raises(ValueError, match="36 patches .* at most 81 and 16"):
     run(small, params, [task(0)])
+  with pytest.raises(ValueError, match="groups of at most 6"):
+    run(plain, params, [task(0)], group_size=7)
   with pytest.raises(ValueError, match="lag=-1"):
     engine.Engine(config, codec, **(SHAPES | dict(lag=-1)))
 
 
-def test_a_long_prompt_goes_in_pieces_and_is_forked(world, plain):
+def test_a_long_prompt_goes_in_pieces_and_is_shared(world, wide):
   _, _, params = world
   tasks = [
-    dataclasses.replace(task(i), question="x" * n) for i, n in enumerate((60, 9))
+    dataclasses.replace(task(i), question="x" * n) for i, n in enumerate((56, 9))
   ]
-  groups = run(plain, params, tasks, group_size=20, max_new_tokens=8)
+  groups = run(wide, params, tasks, group_size=20, max_new_tokens=8)
   assert len(groups[0][0].trajectory.ids) > 3 * SHAPES["prompt_len"]
-  assert plain.stats["rollout/prefills"] == 2
+  assert wide.stats["rollout/prefills"] == 2
   check_logp(world, flat(groups))
 
 
 @pytest.mark.parametrize("lag", [0, 1])
 def test_what_has_no_room_is_set_aside(world, lag):
   codec, config, params = world
-  playing = engine.Engine(config, codec, **(SHAPES | dict(patches=36, lag=lag)))
+  playing = engine.Engine(
+    config, codec, **(SHAPES | dict(group_size=10, patches=36, lag=lag))
+  )
   long = dataclasses.replace(task(2), question="x" * 200)
   large = task(4)
   large.media[0] = dataclasses.replace(large.media[0], kind="video")

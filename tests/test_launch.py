@@ -4,8 +4,10 @@ import json
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -35,15 +37,42 @@ def test_fast_run_leaves_every_output_and_is_reused(options, tmp_path):
   assert "RL alpha=0" in html and not re.search(r"(src|href)=.https?://", html)
   outputs = [tmp_path / "rl/metrics.jsonl", tmp_path / "eval/evaluation.json"]
   before = [file.read_bytes() for file in outputs]
-  again = launch("--fast", "--trap", *options, tmp_path)
+  several = [] if options else ["--processes", "2"]  # another number of processes
+  again = launch("--fast", "--trap", *several, *options, tmp_path)
   assert again.returncode == 0, again.stdout + again.stderr
   assert "<svg" in (tmp_path / "trap.svg").read_text()
   assert [file.read_bytes() for file in outputs] == before
 
 
-def test_an_unknown_option_is_told():
-  process = launch("--fats")
-  assert process.returncode == 2 and "--fast" in process.stderr
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_the_whole_path(tmp_path):
+  process = subprocess.Popen(
+    [str(ROOT / "launch/local.sh"), str(tmp_path)],
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+  )  # fmt: skip
+  metrics = tmp_path / "base" / "metrics.jsonl"
+  while not (metrics.exists() and metrics.read_bytes()):
+    assert process.poll() is None, process.communicate()[0]
+    time.sleep(0.1)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0 and "the same command goes on" in out, out
+  done = len(metrics.read_text().splitlines())
+  assert (tmp_path / "base" / "checkpoints" / str(done)).is_dir() and done < 600
+  assert not (tmp_path / "sft").exists()
+
+
+@pytest.mark.parametrize(
+  "arguments, told",
+  [
+    (["--fats"], "--fast"),
+    (["--processes", "3"], "1, 2 or 4"),
+    (["--processes"], "1,"),
+  ],
+)
+def test_an_unknown_option_is_told(arguments, told):
+  process = launch(*arguments)
+  assert process.returncode == 2 and told in process.stderr
 
 
 def commands():

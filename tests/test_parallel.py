@@ -113,7 +113,6 @@ def test_shardings_follow_the_table():
   assert layout["q"]["w"].spec == P(None, "fsdp", "tensor", None)
   assert layout["embed"]["w"].spec == P("tensor", "fsdp")
   assert layout["patch"]["w"].spec == P(None, "fsdp")
-  assert "q/w" in parallel.table(tree, layout)
   placed = jax.device_put(jnp.ones((2, 8, 4, 3)), layout["q"]["w"])
   assert placed.addressable_shards[0].data.shape == (2, 4, 2, 3)
 
@@ -180,6 +179,10 @@ def test_agree_alone():
   assert parallel.agree({"a": [1]}) == {"a": [1]}
   assert parallel.agree(7, "max") == 7 and parallel.agree(True, "any") is True
   np.testing.assert_array_equal(parallel.agree(np.arange(3), "sum"), np.arange(3))
+  assert parallel.total({"a": 2}) == {"a": 2.0}
+  rows = np.arange(6).reshape(3, 2)
+  np.testing.assert_array_equal(parallel.own_rows(rows), rows)
+  np.testing.assert_array_equal(parallel.gather_rows({"x": rows})["x"], rows)
   with pytest.raises(ValueError, match="all_equal, max, any or sum"):
     parallel.agree(1, "min")
   parallel.barrier("alone")
@@ -199,12 +202,16 @@ def test_engines_get_local_weights_with_the_same_values():
     assert set(engine["q"].devices()) == set(parallel.devices()[2 * i : 2 * i + 2])
     assert engine["q"].sharding.spec == P(None, "tensor")
     jax.tree.map(np.testing.assert_array_equal, engine, tree)
-  low = parallel.to_engines(params, dtype=jnp.bfloat16)
+  low = parallel.to_engines(params, prepare=narrow)
   assert len(low) == 8 and low[3]["q"].dtype == jnp.bfloat16
   one = parallel.engine_params(params)
   assert one["q"].devices() == {parallel.devices()[0]}
   with pytest.raises(ValueError, match="do not fill a host"):
     parallel.to_engines(params, axes, tensor=3)
+
+
+def narrow(params):
+  return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
 
 
 def test_one_device_is_not_copied():
@@ -236,6 +243,10 @@ assert parallel.agree(rank, "max") == 1 and parallel.agree(rank == 1, "any") is 
 assert parallel.agree(np.float64(1 / 3), "sum") == 2 / 3
 assert parallel.agree({"lr": 1e-6}) == {"lr": 1e-6}
 assert parallel.gather_json(["x" * rank]) == [[""], ["x"]]
+assert parallel.total({"a": rank + 0.5, "b": 1}) == {"a": 2.0, "b": 2.0}
+all_of = parallel.gather_rows({"x": np.full((2, 3), rank, np.int32), "y": np.ones(1, bool)})
+assert all_of["x"].tolist() == [[0] * 3] * 2 + [[1] * 3] * 2 and all_of["y"].shape == (2,)
+assert parallel.own_rows(all_of["x"]).tolist() == [[rank] * 3] * 2
 try:
   parallel.agree(f"config {rank}")
   raise SystemExit("disagreement was not noticed")

@@ -1,32 +1,27 @@
 """The pipeline: order, resume, hosts, and records that cannot be used."""
 
+import collections
 import gc
 import json
 import threading
 
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
 
 from pixel_jax import trajectory
-from pixel_jax.chat import encode, tokenizer
+from pixel_jax.chat import encode
 from pixel_jax.data import media, pack, pipeline, sources, synthesize, world
 from pixel_jax.trajectory import Media
 
-BUDGETS = {
-  "image": (84 * 84, 84 * 84),
-  "video": (28 * 28, 28 * 28),
-  "crop": (56 * 56 // 2, 56 * 56),
-  "frame": (112 * 112, 112 * 112),
-}
 KINDS = {"image/single": 0.6, "image/box": 0.2, "video/single": 0.2}
 PLAN = {"rows": 8, "tokens": 96, "patches": 192, "pack_window": 6, "shards": 4}
 
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
-  words = tokenizer.make_tiny(tmp_path_factory.mktemp("words"), world.scaffolds())
-  return encode.Codec(tokenizer=words, budgets=BUDGETS, video_frames=8)
+  return layouts.world_codec(tmp_path_factory.mktemp("words"))
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +113,90 @@ def test_windows_end_inside_of_batches(source, codec):
   assert max(rows) > 0 and max(windows) > 0
 
 
+def test_what_is_prepared_is_placed_once_and_not_yet_taken(source, codec):
+  placed, plain = [], open_batches(source, codec)
+
+  def place(batch):
+    placed.append(batch)
+    return len(placed), batch
+
+  stream = open_batches(source, codec, place=place)
+  for step in range(1, 4):
+    want = next(plain)
+    number, batch = next(stream)
+    assert number == step
+    assert_equal(batch, want)
+    stream.prepare()  # as often as one likes
+    stream.prepare()
+    assert len(placed) == step + 1
+    # Another run would go on with the batch that is prepared here.
+    assert stream.get_state() == plain.get_state()
+    assert stream.counts() == plain.counts()
+  state = stream.get_state()
+  want = next(stream)[1]
+  stream.prepare()
+  stream.set_state(state)
+  assert_equal(next(stream)[1], want)
+
+
+def test_what_goes_wrong_ahead_is_told_when_it_is_needed(tmp_path, codec):
+  write_tasks(tmp_path, [task_line("mute", "no.jpg", answer="")])
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path, codec=codec)
+  stream = open_batches(source, codec, rows=1, shards=1)
+  stream.prepare()
+  for _ in range(2):
+    with pytest.raises(pipeline.DataError, match="cannot be used"):
+      next(stream)
+
+
+def test_questions_are_decoded_once_for_check_and_use(tmp_path, codec, monkeypatch):
+  """Two that share a picture too; beyond the room that is held, again."""
+  side = 40
+  for name in "abcdef":
+    Image.new("RGB", (side, side)).save(tmp_path / f"{name}.png")
+  lines = [task_line(f"q{i}", f"{'abcdef'[i % 6]}.png") for i in range(12)]
+  write_tasks(tmp_path, lines)
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path, codec=codec)
+  decoded = collections.Counter()
+  monkeypatch.setattr(source, "load_media", counted(source.load_media, decoded))
+
+  def play(questions):
+    for _ in range(2):  # check, use; what the engine forks it does not load
+      for t in questions.tasks:
+        encode.Conversation(codec, t, questions.load_media)
+
+  def take_one():
+    stream = pipeline.tasks(source, seed=0, shards=1, batch=12)
+    asked = next(stream)
+    stream.close()
+    return asked
+
+  asked = take_one()
+  # Looked at are this batch, the next, and some of a third; each shows a picture twice.
+  assert len(decoded) == 6 and max(decoded.values()) <= 3
+  decoded.clear()
+  play(asked)
+  assert not decoded
+  monkeypatch.setattr(media, "HELD", 2 * 3 * side * side)
+  asked = take_one()
+  decoded.clear()
+  play(asked)
+  assert sorted(decoded.values()) == [4] * 4  # two are held; of the others each use
+
+
+def counted(load_media, decoded):
+  def load(media):
+    decoded[media.path] += 1
+    return load_media(media)
+
+  return load
+
+
 def test_an_epoch_holds_every_record_once_and_is_shuffled(tmp_path, codec):
   write_tasks(tmp_path, world_lines(22))
   source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
   stream = pipeline.tasks(source, seed=0, shards=2, batch=2)
-  epochs = [[t.id for ts in take(stream, 11) for t in ts] for _ in range(3)]
+  epochs = [[t.id for q in take(stream, 11) for t in q.tasks] for _ in range(3)]
   for epoch in epochs:
     assert sorted(epoch) == sorted(f"q{i}" for i in range(22))
   assert epochs[0] != epochs[1] != epochs[2]
@@ -155,8 +229,8 @@ def test_tasks_resume_and_hosts(source):
   resumed.set_state(state)
   assert take(resumed, 2) == want
   hosts = [open_tasks(host=h, hosts=2) for h in range(2)]
-  assert next(hosts[0]) + next(hosts[1]) == first[0]
-  assert [t.shard for t in first[0]] == [0, 0, 1, 1, 2, 2, 3, 3]
+  assert next(hosts[0]).tasks + next(hosts[1]).tasks == first[0].tasks
+  assert [t.shard for t in first[0].tasks] == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 # ---- Bad records ---------------------------------------------------------------------
@@ -252,7 +326,7 @@ def test_tasks_leave_bad_records_out(dirty, tmp_path):
   root, reasons = dirty
   source = sources.open_source("jsonl:x.jsonl", root=root)
   stream = pipeline.tasks(source, seed=0, shards=1, batch=4, workdir=tmp_path)
-  names = [t.id for ts in take(stream, 5) for t in ts]
+  names = [t.id for q in take(stream, 5) for t in q.tasks]
   assert sorted(names) == sorted(f"good{i}" for i in range(20))
   next(stream)
   assert stream.counts()["data/bad_records"] >= len(reasons)

@@ -238,7 +238,14 @@ def test_a_rollout_is_the_same_by_host_and_device(tmp_path):
   config = model_config.tiny(words.vocab_size)
   params = qwen2_5_vl.init(config, jax.random.key(0))
   shapes = dict(
-    slots=2, max_len=256, prompt_len=24, extend_len=16, patches=64, chunk=16
+    slots=2,
+    group_size=2,
+    max_prompt=128,
+    max_len=256,
+    prompt_len=24,
+    extend_len=16,
+    patches=64,
+    chunk=16,
   )
   tasks = [task(0), task(1, video=True)]
 

@@ -55,7 +55,15 @@ def test_kinds_decide_how_often_there_is_a_video():
 
 
 @pytest.mark.parametrize(
-  "uri", ["world:", "world:nowhere", "world:0/train/image/3", "ftp:x", "jsonl:no.jsonl"]
+  "uri",
+  [
+    "world:",
+    "world:nowhere",
+    "world:0/train/image/3",
+    "ftp:x",
+    "jsonl:no.jsonl",
+    "x.jsonl",
+  ],
 )
 def test_uris_that_open_nothing(uri, tmp_path):
   with pytest.raises(sources.SourceError):
@@ -99,6 +107,7 @@ def test_lines_in_any_order(tmp_path):
     (json.dumps(record(question=" ")), "no question"),
     (json.dumps(record(media=[{"kind": "image"}])), "path"),
     (json.dumps(record(media=3)), "not iterable"),
+    (json.dumps(record(media="a.png")), "expected a list of"),
     (json.dumps({"task": 3}), "x.jsonl#1"),
   ],
 )
@@ -108,6 +117,25 @@ def test_bad_lines_say_where_and_why(tmp_path, line, says):
   assert source[0].id == "q"
   with pytest.raises(records.BadRecord, match=says):
     source[1]
+
+
+def test_the_mark_of_windows_is_no_part_of_a_line(tmp_path):
+  text = json.dumps(record())
+  (tmp_path / "x.jsonl").write_bytes(f"\ufeff{text}\r\n{text}\r\n".encode())
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
+  assert [source[i].id for i in range(len(source))] == ["q", "q"]
+
+
+def test_numbers_are_answers_and_ids(tmp_path):
+  lines = [record(id=7, answer=3), record(answer=[3, "three"]), record(answer=True)]
+  rows = [{"question": "How many?", "answer": 0, "image": "a.png", "id": 0}]
+  write(tmp_path / "x.jsonl", *lines, *rows)
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
+  assert (source[0].id, source[0].answer) == ("7", "3")
+  assert source[1].answer == ["3", "three"]
+  with pytest.raises(records.BadRecord, match="no answer"):
+    source[2]
+  assert (source[3].id, source[3].answer) == ("0", "0")
 
 
 def test_media_stay_below_the_root(tmp_path):
@@ -265,7 +293,7 @@ def test_filters_leave_out_and_do_not_set_aside(filter, kept, tmp_path):
   stream = pipeline.tasks(source, seed=0, shards=1, batch=1, workdir=tmp_path)
   names = []
   while stream.counts()["data/records"] < 16:
-    names += [t.id for t in next(stream)]
+    names += [t.id for t in next(stream).tasks]
   assert sorted(set(names)) == sorted(kept)
   assert {t.id for t in pipeline.fixed_tasks(source, 99, workdir=tmp_path)} == set(kept)
   # SFT: the tokens of the whole trace, which is longer by its answer.

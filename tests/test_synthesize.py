@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import json
 
+import layouts
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,18 +17,11 @@ from pixel_jax.pixels import ops, video
 from pixel_jax.trajectory import Media, Task
 
 PROSE = synthesize.Prose("A street with a door.", "the sign", "It reads so.")
-BUDGETS = {
-  "image": (84 * 84, 84 * 84),
-  "video": (28 * 28, 28 * 28),
-  "crop": (56 * 56 // 2, 56 * 56),
-  "frame": (112 * 112, 112 * 112),
-}
 
 
 @pytest.fixture(scope="module")
 def codec(tmp_path_factory):
-  words = tokenizer.make_tiny(tmp_path_factory.mktemp("words"), world.scaffolds())
-  return encode.Codec(tokenizer=words, budgets=BUDGETS, video_frames=8)
+  return layouts.world_codec(tmp_path_factory.mktemp("words"))
 
 
 def deep(n=0):
@@ -40,6 +34,8 @@ def deep(n=0):
 def task_for(kind, n=0):
   if kind == "video/zoom":
     return deep(n)
+  if kind == "text/direct":
+    return Task(f"t{n}", "Which symbol is round?", "O", [])
   modality = "video" if kind.startswith("video") else "image"
   return world.task(0, "train", world.nth(modality, n))
 
@@ -158,7 +154,7 @@ def test_imprecise_calls_run(codec, kind):
 
 
 def test_traces_of_the_default_world_have_not_changed(codec):
-  new = {"text/compare", "image/zoom", "video/zoom"}
+  new = {"text/compare", "text/direct", "image/zoom", "video/zoom"}
   kinds = dict.fromkeys(sorted(synthesize.KINDS - new), 1.0)
   settings = dict(kinds=kinds, jitter=2.5, edge_jitter=1.0, operation_share=0.8)
   digest = hashlib.blake2b(digest_size=8)

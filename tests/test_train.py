@@ -57,8 +57,8 @@ def run(entry, workdir, devices=1, **overrides):
   return out
 
 
-def kill_at(entry, workdir, step, **overrides):
-  """SIGKILL as soon as metrics.jsonl shows `step`."""
+def kill_at(entry, workdir, step, number=signal.SIGKILL, **overrides):
+  """A signal as soon as metrics.jsonl shows `step`; SIGTERM saves and exits with 0."""
   process = start(entry, workdir, **overrides)
   metrics = pathlib.Path(workdir) / "metrics.jsonl"
   until = time.monotonic() + 600
@@ -66,9 +66,14 @@ def kill_at(entry, workdir, step, **overrides):
     assert process.poll() is None, process.communicate()[0]
     assert time.monotonic() < until
     time.sleep(0.02)
-  process.send_signal(signal.SIGKILL)
-  process.communicate()
-  assert process.returncode == -signal.SIGKILL
+  process.send_signal(number)
+  out, _ = process.communicate(timeout=120)
+  if number == signal.SIGTERM:
+    assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
+    saved = checkpoint.complete_steps(pathlib.Path(workdir) / "checkpoints")[-1]
+    assert saved == len(read_metrics(workdir)) < overrides["total_steps"]
+  else:
+    assert process.returncode == -number
 
 
 def read_metrics(workdir):
@@ -134,9 +139,11 @@ def test_sft_leaves_what_the_next_stage_needs(base):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 3])
-def test_killed_sft_goes_on_bit_for_bit(base, step, tmp_path):
-  kill_at(SFT, tmp_path / "run", step, **SMALL_SFT)
+@pytest.mark.parametrize(
+  "step, number", [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGTERM)]
+)
+def test_killed_sft_goes_on_bit_for_bit(base, step, number, tmp_path):
+  kill_at(SFT, tmp_path / "run", step, number, **SMALL_SFT)
   run(SFT, tmp_path / "run", **SMALL_SFT)
   assert_same_run(base, tmp_path / "run")
 
@@ -157,9 +164,9 @@ def test_rl_logs_agreement_and_rewards(rl):
 
 def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
   """Images take 14 tokens, clips 9: three groups of four are set aside."""
-  short = {"engine.max_len": 14, "engine.prompt_len": 8, "total_steps": 2}
+  short = {"engine.max_prompt": 8, "engine.prompt_len": 8, "total_steps": 2}
   out = run(RL, tmp_path / "run", init=able, **SMALL_RL | short)
-  assert "set aside: the prompt of task" in out and "`max_len`" in out
+  assert "set aside: the prompt of task" in out and "`max_prompt`" in out
   rows = read_metrics(tmp_path / "run")
   assert [r["rollout/too_long_prompts"] for r in rows] == [3.0, 3.0]
   assert [r["rollout/prefills_per_group"] for r in rows] == [1.0, 1.0]
@@ -171,8 +178,10 @@ def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
     assert sum(not any(t.sampled) for t in kept) == 3 * 8
 
 
-def test_killed_rl_goes_on_bit_for_bit(able, rl, tmp_path):
-  kill_at(RL, tmp_path / "run", 3, init=able, **SMALL_RL)
+@pytest.mark.slow
+@pytest.mark.parametrize("step, number", [(3, signal.SIGKILL), (1, signal.SIGTERM)])
+def test_killed_rl_goes_on_bit_for_bit(able, rl, step, number, tmp_path):
+  kill_at(RL, tmp_path / "run", step, number, init=able, **SMALL_RL)
   run(RL, tmp_path / "run", init=able, **SMALL_RL)
   assert_same_run(rl, tmp_path / "run")
   for file in sorted((rl / "trajectories").iterdir()):
@@ -186,6 +195,8 @@ def test_killed_rl_goes_on_bit_for_bit(able, rl, tmp_path):
 def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
   mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
   small, one = (SMALL_SFT, base) if entry is SFT else (SMALL_RL, rl)
+  if entry is RL:
+    mesh["fleet.tensor"] = 2  # four engines for four shards
   init = {} if entry is SFT else {"init": able}
   run(entry, tmp_path / "run", devices=8, **init, **small, **mesh)
   # Later steps start from parameters that other roundings have moved apart.

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pixel_jax import features, optim
-from pixel_jax.batch import Batch
+from pixel_jax.batch import Batch, Prompts
 from pixel_jax.chat import encode
 from pixel_jax.data import pack
 from pixel_jax.model import qwen2_5_vl
@@ -65,7 +65,7 @@ def prefill(config: ModelConfig, params: Params, rows: Sequence) -> Callable:
 def generate(
   config: ModelConfig, params: Params, context: np.ndarray, tokens: int
 ) -> Callable:
-  """Ids i32[B tokens] after text i32[B S], the cache of S - 1 filled beforehand."""
+  """Ids i32[B tokens] after prompts i32[B S], of which S - 1 are filled beforehand."""
   B, S = context.shape
   program = jax.jit(
     functools.partial(decode.decode, config, stops=()),
@@ -76,16 +76,19 @@ def generate(
 
   @jax.jit
   def fill(params):
-    cache = qwen2_5_vl.init_cache(config, B, S + tokens)
+    cache = qwen2_5_vl.init_cache(config, B, S - 1)
     count = jnp.full((B,), S - 1, jnp.int32)
     index = jnp.full((B, S - 1), -1)
     given = jnp.asarray(context[:, :-1])
     return qwen2_5_vl.extend(config, params, cache, given, position, count, index)[1]
 
-  held = {"cache": jax.block_until_ready(fill(params))}
+  filled = jax.block_until_ready(fill(params))
   full = functools.partial(np.full, (B,), dtype=np.int32)
+  rows = np.arange(B, dtype=np.int32)  # every sequence has a prompt of its own
+  prompts = Prompts(filled.k, filled.v, full(S - 1), rows, rows[:, None])
+  held = {"cache": qwen2_5_vl.init_cache(config, B, tokens)}
   slots = decode.Slots(
-    length=full(S - 1), last=context[:, -1].astype(np.int32), position=full(S - 1),
+    length=full(0), last=context[:, -1].astype(np.int32), position=full(S - 1),
     budget=full(tokens), key=np.zeros((B, 2), np.uint32),
   )  # fmt: skip
   free = np.full((B, tokens), -1, np.int32)
@@ -93,7 +96,7 @@ def generate(
   def run():
     # What an earlier run wrote lies beyond the lengths in `slots` and is not seen.
     held["cache"], _, out, *_ = program(
-      params, held["cache"], slots, free, None,
+      params, held["cache"], prompts, slots, free, None,
       sampling=decode.Sampling(greedy=True), lanes=B,
     )  # fmt: skip
     return np.asarray(out)
@@ -239,10 +242,12 @@ def rollout(
   tasks, load_media = data.tasks(size), data.loader(size)
   trajectories = [c.trajectory for c in conversations.values()]
   prompt = max(t.sampled.index(True) for t in trajectories)
+  rest = max(len(t.ids) - t.sampled.index(True) for t in trajectories) + 1
   patches = max(p.num_patches for c in conversations.values() for p in c.pixels)
   playing = engine.Engine(
-    config, codec, max_len=_up(max(len(t.ids) for t in trajectories) + 1, 64),
-    prompt_len=_up(prompt, 8), patches=_up(patches, pack.PATCH_BLOCK), **size.engine,
+    config, codec, group_size=size.groups[1], max_prompt=_up(prompt, 8),
+    max_len=_up(prompt, 8) + _up(rest, 64), prompt_len=_up(prompt, 8),
+    patches=_up(patches, pack.PATCH_BLOCK), **size.engine,
   )  # fmt: skip
 
   def run():

@@ -32,6 +32,7 @@ import time
 import compile_cost
 import compile_engine
 import compile_hlo
+import compile_plan
 import compile_programs
 import compile_table
 import jax
@@ -47,6 +48,7 @@ PROGRAMS = flags.DEFINE_list("programs", [], "Only those whose names begin so.")
 LARGEST = flags.DEFINE_bool(
   "largest", False, "Of programs that differ in their bucket only the largest."
 )
+PLAN = flags.DEFINE_bool("plan", False, "Estimates a step of RL; compiles nothing.")
 JSON = flags.DEFINE_string(
   "json", None, "Where the figures go; of the same run, those of other programs stay."
 )
@@ -83,6 +85,8 @@ def main(config):
   if name not in compile_cost.TOPOLOGIES:
     known = ", ".join(compile_cost.TOPOLOGIES)
     raise start.ConfigError(f"--topology={name} is unknown; known: {known}")
+  if PLAN.value:
+    return compile_plan.main(config, name, JSON.value)
   chip = compile_cost.CHIPS[name.partition(":")[0]]
   devices = open_devices(name, SLICES.value)
   jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)

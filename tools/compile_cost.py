@@ -176,13 +176,24 @@ def extend(
 
 
 def decode(
-  model: ModelConfig, *, tensor: int, weights: int, lanes: int, view: int, steps: int
+  model: ModelConfig,
+  *,
+  tensor: int,
+  weights: int,
+  lanes: int,
+  view: int,
+  read: int,
+  steps: int,
 ) -> Cost:
-  """A chunk of `steps` in which every lane decodes and reads `view` slots."""
+  """A chunk of `steps` in which every lane sees `view` slots.
+
+  Args:
+    read: slots of all lanes; a prompt that lanes share is read once.
+  """
   per_token = flops.text_per_token(model, view) + flops.head_per_token(model)
   work = steps * lanes * per_token / tensor
   head = model.text.width * model.text.vocab
-  moved = 2 * (weights + head) + lanes * view * cache_bytes(model)
+  moved = 2 * (weights + head) + read * cache_bytes(model)
   return Cost(work, work, steps * moved / tensor)
 
 

@@ -6,6 +6,7 @@ up as train_rl holds it.
 """
 
 import dataclasses
+import functools
 import pathlib
 import tempfile
 from collections.abc import Iterator
@@ -20,40 +21,34 @@ from compile_programs import (
   Run,
   device_bytes,
   pictures_of,
-  place,
   sizes,
 )
 
 from pixel_jax import parallel, start
+from pixel_jax.batch import Prompts
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
-from pixel_jax.model import hf, qwen2_5_vl, table
-from pixel_jax.rollout import decode, engine, pictures
+from pixel_jax.model import hf, qwen2_5_vl
+from pixel_jax.rollout import decode, engine, fleet, pictures
 
 
 def programs(run: Run) -> Iterator[Program]:
   """Of one engine as train_rl uses it: a group of `fleet.tensor` devices of a host."""
-  model, tensor = run.model.merged, run.config.fleet.tensor
-  train = weights(run)
+  tensor, train = run.config.fleet.tensor, run.state["params"]
   held = device_bytes(run.state)  # stays where it is through the rollouts
-  flat = table.unnest(train)
-  held += device_bytes([flat[f"{path}/w"] for path in table.adapted(run.model)])
-  params = train
-  if run.mesh.size > 1:
-    mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
-    # Cast before they are gathered, so that half as much travels.
-    reshard = parallel.resharder(
-      mesh, train, hf.logical_axes(model), jnp.dtype(model.dtype)
-    )
-    params = reshard.eval_shape(train)
-    group = list(run.mesh.devices.flat)[:tensor]
-    params = jax.tree.map(
-      lambda x: x.update(sharding=parallel.local_sharding(x, group)), params
-    )
-    cost = compile_cost.Cost(bytes=device_bytes((train, params)))
-    rest = held - device_bytes(train)
-    yield Program("reshard", "sync", lambda: reshard.lower(train), cost, rest)
-    held += device_bytes(params)  # the caller of the engine keeps them
+  mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
+  prepare = functools.partial(fleet.prepare, run.model)
+  axes = hf.logical_axes(run.model.merged)
+  reshard = parallel.resharder(mesh, train, axes, prepare)
+  group = list(run.mesh.devices.flat)[:tensor]
+  params = jax.tree.map(
+    lambda x: x.update(sharding=parallel.local_sharding(x, group)),
+    reshard.eval_shape(train),
+  )
+  cost = compile_cost.Cost(bytes=device_bytes((train, params)))
+  rest = held - device_bytes(train)
+  yield Program("reshard", "sync", lambda: reshard.lower(train), cost, rest)
+  held += device_bytes(params)  # the fleet keeps them through the rollouts
   e = open_engine(run)
   yield from _engine(run, e, params, held)
 
@@ -65,7 +60,7 @@ def refusal(run: Run, limit: float) -> str | None:
   the weights in the compute dtype, and of the keys and values of eight slots.
   """
   tensor = run.config.fleet.tensor
-  numbers = sum(sizes(weights(run)).values())
+  numbers = sum(sizes(qwen2_5_vl.abstract(run.model.merged)).values())
   held = {
     "train state": device_bytes(run.state),
     "weights": numbers * jnp.dtype(run.model.dtype).itemsize / tensor,
@@ -86,30 +81,19 @@ def wider(run: Run) -> str:
   knobs = [f"config.fleet.tensor={2 * tensor}"] * (
     tensor < 4 and run.mesh.size > tensor
   )
-  knobs += [f"config.engine.max_len={e.max_len // 2}"]
+  knobs += [
+    f"config.engine.max_len={e.max_len // 2} and .max_prompt={e.max_prompt // 2}"
+  ]
   knobs += ["config.lora.rank=32"] * (not run.config.lora.rank)
   return f"use {', '.join(knobs)} or devices with more memory"
 
 
 def slot_bytes(run: Run) -> float:
-  """Keys and values of one slot on one device of an engine."""
-  t = run.model.text
+  """Keys and values of one slot, and its share of the prompts, on one device."""
+  e, t = open_engine(run), run.model.text
   cut = run.config.fleet.tensor if t.kv_heads % run.config.fleet.tensor == 0 else 1
-  return run.config.engine.max_len * compile_cost.cache_bytes(run.model) / cut
-
-
-def weights(run: Run) -> dict:
-  """What is sent to the engines, abstract, on the train mesh: adapters are merged."""
-  model = run.model.merged
-  have = table.unnest(run.state["params"])
-  whole = table.unnest(qwen2_5_vl.abstract(model))
-  changed = {f"{path}/w" for path in table.adapted(run.model)}
-  for path, x in whole.items():
-    dtype = have[path].dtype
-    if path in changed:  # as `qwen2_5_vl.merge` does
-      dtype = jnp.promote_types(dtype, model.dtype)
-    whole[path] = x.update(dtype=dtype)
-  return place(table.nest(whole), start.layout(model, run.mesh))
+  tokens = e.max_own + e.prompts * e.max_prompt / e.slots
+  return tokens * compile_cost.cache_bytes(run.model) / cut
 
 
 def open_engine(run: Run) -> engine.Engine:
@@ -118,8 +102,9 @@ def open_engine(run: Run) -> engine.Engine:
     words = tokenizer.make_tiny(pathlib.Path(folder), world.scaffolds())
   codec = start.call("codec", encode.Codec, words, **run.config.codec)
   return start.call(
-    "engine", engine.Engine, run.model.merged, codec, **run.config.engine
-  )
+    "engine", engine.Engine, run.model.merged, codec,
+    group_size=run.config.rl.group_size, **run.config.engine,
+  )  # fmt: skip
 
 
 def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Program]:
@@ -132,14 +117,7 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
 
   tensor = run.config.fleet.tensor
-  if qwen2_5_vl.is_wide(model, params):
-    full, params = params, jax.eval_shape(p.cast, params)
-    params = jax.tree.map(lambda x, y: y.update(sharding=x.sharding), full, params)
-    cost = compile_cost.Cost(bytes=device_bytes((full, params)))
-    rest = held - device_bytes(full)
-    yield Program("cast", "sync", lambda: p.cast.lower(full), cost, rest)
-    held += device_bytes(params)
-  cache, slots, bank = alive = p.open.eval_shape()
+  cache, prompts, slots, bank = alive = p.open.eval_shape()
   cost = compile_cost.Cost(bytes=device_bytes(alive))
   yield Program("open", "rollout", p.open.lower, cost, held)
   held += device_bytes(alive)
@@ -162,29 +140,37 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     # bank is donated by its place among the arguments: params, bank, pictures, at.
     yield program(name, cost, p.encode, params, bank, also=also)
 
-  for name, (R, T) in (("prompt", e.prompt), ("turn", e.turn)):
+  B, P = e.slots, e.prompts
+  shared = Prompts(
+    k=prompts.k, v=prompts.v, length=array(i32, P), row=array(i32, B),
+    lane=array(i32, P, e.group_size),
+  )  # fmt: skip
+  for name, (R, T), views, kept, before in (
+    ("prompt", e.prompt, e.views[0], (prompts,), 0),
+    ("turn", e.turn, e.views[1], (cache, shared), e.max_prompt),
+  ):
     turns = decode.Turns(
       slot=array(i32, R), length=array(i32, R), count=array(i32, R),
       tokens=array(i32, R, T), position=array(i32, R, T, 3), feature=array(i32, R, T),
     )  # fmt: skip
-    for view in e.views:
+    for view in views:
       cost = compile_cost.extend(
-        model, tensor=tensor, weights=text, rows=R, tokens=min(T, view), view=view
-      )
+        model, tensor=tensor, weights=text, rows=R, tokens=min(T, view),
+        view=before + view,
+      )  # fmt: skip
       yield Program(
         f"{name} {R} x {T} to {view}",
         "rollout",
-        lambda turns=turns, view=view: p.extend.lower(
-          params, cache, turns, bank, view=view
+        lambda turns=turns, view=view, kept=kept: p.extend.lower(
+          params, kept[0], turns, bank, *kept[1:], view=view
         ),
         cost,
-        held - device_bytes((params, cache, bank)),
+        held - device_bytes((params, *kept, bank)),
       )
 
-  B = e.slots
   pairs = [array(i32, B)] * 3
   once = compile_cost.Cost(bytes=2 * device_bytes(cache) / B)
-  yield program("fork", once, p.fork, cache, also=(*pairs, np.int32(1)))
+  yield program("move", once, p.move, cache, also=(*pairs, np.int32(1)))
   yield program(
     "place", compile_cost.Cost(), p.place, slots,
     also=(array(i32, B), array(jnp.bool, B), slots),
@@ -197,16 +183,19 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
   for lanes in e.lanes:
 
     def cost(context, lanes=lanes):
+      half = context // 2  # is prompt
       return compile_cost.decode(
-        model, tensor=tensor, weights=text, lanes=lanes, view=context, steps=e.chunk
-      )
+        model, tensor=tensor, weights=text, lanes=lanes, view=context,
+        read=lanes * (context - half) + P * half, steps=e.chunk,
+      )  # fmt: skip
 
     # One program serves all contexts: it reads as far as the longest row reaches.
     yield dataclasses.replace(
       program(
-        f"decode {lanes}", cost(e.max_len), p.decode, params, cache, slots,
+        f"decode {lanes}", cost(e.max_prompt + e.max_own), p.decode, params, cache,
+        shared, slots,
         also=(array(i32, B, e.chunk), None), sampling=sampling, lanes=lanes,
       ),
-      contexts={n: cost(n) for n in e.views},
+      contexts={n: cost(n) for n in (2048, 4096, 8192)},
       tokens=lanes * e.chunk,
     )  # fmt: skip

@@ -15,7 +15,6 @@ it the tiny one does, one token a letter), its codec gives the pixel budgets.
 import argparse
 import collections
 import dataclasses
-import json
 import math
 import pathlib
 import re
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
+from pixel_jax import checkpoint, start
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import formats, pack, sources, world
 from pixel_jax.trajectory import Trajectory
@@ -49,7 +49,7 @@ class Seen:
   trajectory: Trajectory  # of a question: the prompt
   example: encode.Example
   pixels: list[int]  # of every picture of the question, as the file has it
-  is_trace: bool
+  what: str  # "trace", "question" or "bare"
 
 
 @dataclasses.dataclass
@@ -60,13 +60,14 @@ class Look:
   read: int
   fields: collections.Counter
   seen: list[Seen]
-  bad: collections.Counter  # reasons without their names and numbers
+  bad: collections.Counter  # reasons, told by the first record that has each
 
 
 def look(source, codec: encode.Codec, most: int) -> Look:
   """Reads `most` records, drawn from a fixed seed."""
   count = min(len(source), most)
   found = Look(len(source), count, collections.Counter(), [], collections.Counter())
+  told: dict[str, str] = {}  # without names and numbers -> as it was first said
   drawn = np.random.default_rng(0).permutation(len(source))[:count]
   for i in tqdm(sorted(drawn.tolist()), desc="records", leave=False, disable=None):
     try:
@@ -74,8 +75,9 @@ def look(source, codec: encode.Codec, most: int) -> Look:
         found.fields.update(source.records[i].keys())
       found.seen.append(_see(source, codec, i))
     except Exception as error:  # a decoder of a damaged file raises anything
-      name = re.sub(r"'[^']*'|\S*[/#]\S*|\d+", "·", str(error))
-      found.bad[f"{type(error).__name__}: {name[:100]}"] += 1
+      said = f"{type(error).__name__}: {error}"
+      kind = re.sub(r"'[^']*'|\S*[/#]\S*|0x\w+|\d+", "·", said)
+      found.bad[told.setdefault(kind[:120], said[:240])] += 1
   return found
 
 
@@ -88,16 +90,18 @@ def _see(source, codec: encode.Codec, i: int) -> Seen:
     pixels.append(picture.width * picture.height)
     return loaded
 
-  is_trace = isinstance(record, Trajectory)
-  if not is_trace:
-    formats.check_task(record)
+  what = "trace"
+  if not isinstance(record, Trajectory):
+    what = "question" if record.question or record.answer else "bare"
+    if what == "question":
+      formats.check_task(record)
     prompt = encode.Conversation(codec, record, load)
     made = prompt.trajectory, prompt.pixels
   elif record.turns and not record.ids:
     made = formats.retell(record, codec, load)
   else:
     made = record, encode.redraw(record, codec, load)
-  return Seen(i, made[0], encode.example(*made), pixels, is_trace)
+  return Seen(i, made[0], encode.example(*made), pixels, what)
 
 
 # ---- Told ----------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
   for s in seen:
     shown = [m.kind for m in s.trajectory.task.media] or ["text"]
     mix = f"{len(shown)} {shown[0]}s" if len(shown) > 1 else shown[0]
-    kinds[f"{'trace' if s.is_trace else 'question'}, {mix}"] += 1
+    kinds[f"{s.what}, {mix}"] += 1
   out += ["", "kinds", *(f"  {n:>7,} {kind}" for kind, n in kinds.most_common())]
   if found.fields:
     out += ["", "fields"]
@@ -229,19 +233,6 @@ section.trajectory {{ border-top: 1px solid var(--rule); padding: 16px 0 }}</sty
   return len(chosen)
 
 
-def open_codec(init: str, folder: str) -> encode.Codec:
-  """The codec of a workdir or a checkpoint; "" = the tiny tokenizer, released sizes."""
-  if not init:
-    return encode.Codec(tokenizer=tokenizer.make_tiny(folder, world.scaffolds()))
-  root, section = pathlib.Path(init).expanduser(), {}
-  if (root / "config.json").is_file():
-    config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-    section = config.get("codec", {})
-    if "budgets" in section:
-      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
-  return encode.Codec(tokenizer=tokenizer.load(root / "tokenizer"), **section)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -259,14 +250,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.error("--records and --thumbnails must be 1 or more")
   with tempfile.TemporaryDirectory() as folder:
     try:
-      codec = open_codec(args.init, folder)
+      if args.init:
+        codec = start.open_codec(args.init)
+      else:
+        words = tokenizer.make_tiny(folder, world.scaffolds())
+        codec = start.make_codec(words, {})
       source = sources.open_source(args.uri, root=args.root, codec=codec)
       pack.check_limits(args.tokens, args.patches)
-    except (
-      sources.SourceError,
-      tokenizer.TokenizerError,
-      pack.PackError,
-    ) as error:
+    except (ValueError, checkpoint.CheckpointError) as error:
       parser.error(str(error))
     found = look(source, codec, args.records)
     lines = tell(args.uri, found, codec, args.tokens, args.patches)

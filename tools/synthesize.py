@@ -24,15 +24,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pixel_jax import checkpoint, parallel, start, trajectory
+from pixel_jax import bucket, checkpoint, parallel, start, trajectory
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import distill, export, journal, sources, teacher, world
-from pixel_jax.model import config as model_config
 from pixel_jax.rollout import engine
 from pixel_jax.trajectory import Media, Task
 
 
 def main(config, workdir):
+  if bucket.behind(workdir) != workdir:
+    raise start.ConfigError(
+      "--workdir: the journal of what the teacher was paid for is written line by line, "
+      "which a bucket cannot take; give a local folder"
+    )
   start.open_workdir(workdir, config)
   codec = open_codec(config, workdir)
   source = start.call("data", sources.open_source, codec=codec, **config.data)
@@ -60,19 +64,14 @@ def main(config, workdir):
 def open_codec(config, workdir) -> encode.Codec:
   """The tokenizer and the prompt profile that the trajectories are written for."""
   if config.init:
-    root = pathlib.Path(config.init).expanduser()
-    words = tokenizer.load(root / "tokenizer")
-    vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
-    cut = dict(window=vision.window, patch=vision.patch, merge=vision.merge)
-    cut |= dict(temporal=vision.temporal, tokens_per_second=vision.tokens_per_second)
-  elif config.data.uri.startswith("world:"):
-    words, cut = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds()), {}
-  else:
+    return start.open_codec(config.init, config.codec)
+  if not sources.is_world(config.data.uri):
     raise start.ConfigError(
       "config.init is empty: ids need the tokenizer of the model to be trained. Give a "
       "converted checkpoint (python tools/convert.py import --hf=DIR --out=DIR)"
     )
-  return start.call("codec", encode.Codec, tokenizer=words, **cut, **config.codec)
+  words = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+  return start.make_codec(words, config.codec)
 
 
 async def synthesize_all(config, workdir, codec, source, recipe) -> dict:

@@ -14,8 +14,8 @@ import sys
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
-from pixel_jax import trajectory
-from pixel_jax.chat import encode, tokenizer
+from pixel_jax import start, trajectory
+from pixel_jax.chat import encode
 from pixel_jax.data import media
 from pixel_jax.evals import common
 from pixel_jax.view import charts
@@ -84,10 +84,8 @@ def read_runs(workdir: pathlib.Path) -> list[view.Run]:
 def open_codec(folders: list[pathlib.Path]) -> encode.Codec | None:
   """The codec of the first run that kept its config and tokenizer."""
   for folder in folders:
-    section = read_json(folder / "config.json").get("codec")
-    if section and (folder / "tokenizer").exists():
-      section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
-      return encode.Codec(tokenizer=tokenizer.load(folder / "tokenizer"), **section)
+    if "codec" in read_json(folder / "config.json") and (folder / "tokenizer").exists():
+      return start.open_codec(folder)
   return None
 
 

@@ -128,11 +128,6 @@ def overlap(a: Box, b: Box) -> bool:
   return all(a[i] < b[i + 2] and b[i] < a[i + 2] for i in (0, 1))
 
 
-def contains(outer: Box, inner: Box) -> bool:
-  low = all(outer[i] <= inner[i] for i in (0, 1))
-  return low and all(outer[i] >= inner[i] for i in (2, 3))
-
-
 def pad(box: Box, padding: float) -> Box:
   """What is cut where an operation adds `padding` of the picture on every side."""
   low = (max(0.0, box[i] - padding) for i in (0, 1))

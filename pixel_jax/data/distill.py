@@ -250,8 +250,8 @@ class _Seed:
     reference, picture = self.task.reference, pictures[self._cued(pictures)]
     if "target_frames" in reference and self.kind != "video/zoom":
       return [pictures[n - 1] for n in boxes.at_most(reference["target_frames"])]
-    padding = ops.RELEASED_PADDING if self.codec.profile == "released" else 0.0
-    box = boxes.pad(boxes.cover(tuple(reference["bbox_2d"]), grid), padding)
+    box = boxes.cover(tuple(reference["bbox_2d"]), grid)
+    box = boxes.pad(box, ops.padding(self.codec.profile))
     return [picture.crop([round(v * n) for v, n in zip(box, picture.size * 2)])]
 
 

@@ -11,6 +11,7 @@ become media named `NAME/KEY/...`.
   messages, or prompt with completion     HF conversational rows (TRL)    a trace
   prompt with reward_model   verl, DeepEyes                               a question
   question with answer(s)    PixelReasoner-RL-Data and -EvalData          a question
+  image or video, no question     a bare one, for synthesis
 
 A trace that is *told* has turns and calls, and no ids yet: `retell` says it again in
 our protocol (system prompt, tool names, numbering) and runs its calls again, so that
@@ -94,15 +95,22 @@ def _read(record, name) -> Task | Trajectory:
     return _verl(record, name)
   if "question" in record and ("answer" in record or "answers" in record):
     return _question(record, name)
+  if record.keys() & {"image", "video"} and "question" not in record:
+    return Task(_id(record, name), "", "", _column(record, name))
   raise BadRecord(
     f"the fields {sorted(record)[:12]} are those of no layout known here: "
     f"a task has {', '.join(NEEDED)}; others message_list, conversations, messages, "
-    "prompt and reward_model, or question and answer"
+    "prompt and reward_model, question and answer, or image alone"
   )
 
 
 def check_task(task: Task) -> None:
   """Raises BadRecord for a question that cannot be learned from."""
+  if not task.question and not task.answer and task.media:
+    raise BadRecord(
+      f"task {task.id} is a bare {task.media[0].kind}; tools/synthesize.py makes "
+      "questions of such"
+    )
   golds = task.answer if isinstance(task.answer, list) else [task.answer]
   if not golds or not all(isinstance(a, str) and a.strip() for a in golds):
     raise BadRecord(f"task {task.id}: no answer ({task.answer!r}); give it a text")
@@ -122,7 +130,18 @@ def _task(record) -> Task:
     raise BadRecord(
       f"a task needs {', '.join(NEEDED)}; missing {missing}, unknown {unknown}"
     )
-  task = Task(**{**record, "media": [Media(**m) for m in record["media"]]})
+  if not all(isinstance(m, dict) for m in record["media"]):
+    raise BadRecord(
+      f"media is {record['media']!r:.80}; expected a list of "
+      '{"kind": "image" or "video", "path": ...}'
+    )
+  media, golds = [Media(**m) for m in record["media"]], record["answer"]
+  if isinstance(golds, list):
+    golds = [g if isinstance(g, str) else _gold(g) for g in golds]
+  elif not isinstance(golds, str):
+    golds = _gold(golds)  # a number
+  own = {"id": str(record["id"]), "media": media, "answer": golds}
+  task = Task(**record | own)
   check_task(task)
   return task
 

@@ -14,6 +14,8 @@ what would inflate without bound is refused.
 import pathlib
 import threading
 import zipfile
+from collections.abc import Callable
+from typing import Any
 
 from PIL import Image
 
@@ -27,6 +29,34 @@ from pixel_jax.trajectory import Media
 MOST_BYTES = 512 << 20
 MOST_RATIO = 200
 SMALL = 16 << 20  # below it a ratio does no harm
+
+
+# Decoded pictures that wait for their use, of one batch of questions: 800 of 1.8 MPixel.
+HELD = 4 << 30
+
+
+class Held:
+  """Pictures that were decoded to be looked at, for their use: they come once.
+
+  Those beyond `HELD` bytes are decoded again.
+  """
+
+  def __init__(self, load_media: Callable[[Media], Any]):
+    self._load_media, self._room = load_media, HELD
+    self._found: dict[tuple, Any] = {}
+
+  def load(self, media: Media) -> Image.Image | video.Video:
+    names = media.path if isinstance(media.path, str) else tuple(media.path)
+    key = (media.kind, names, media.fps)
+    if key not in self._found:
+      loaded = self._load_media(media)
+      frames = loaded.frames if media.kind == "video" else [loaded]
+      size = sum(3 * f.width * f.height for f in frames)  # RGB
+      if size > self._room:
+        return loaded
+      self._room -= size
+      self._found[key] = loaded
+    return self._found[key]
 
 
 class Library:

@@ -30,6 +30,7 @@ import numpy as np
 
 from pixel_jax.chat import encode
 from pixel_jax.data import formats, pack, records, synthesize
+from pixel_jax.data.media import Held
 from pixel_jax.data.quarantine import Bad, DataError, LeftOut, Quarantine, attempt
 from pixel_jax.trajectory import Task, Trajectory
 
@@ -51,6 +52,7 @@ def batches(
   threads: int = 1,
   read_ahead: int = 3,
   apart: bool = False,
+  place: Callable[[dict], Any] | None = None,
 ) -> "Stream":
   """Endless dicts of the fields of `Batch`: this host's block of `rows` packed rows.
 
@@ -64,6 +66,7 @@ def batches(
     threads: that decode and resize; they do not change the batches.
     read_ahead: batches made in advance.
     apart: pictures instead of patches, as in `pack.collate`.
+    place: puts a batch on the devices; what it returns is what the stream gives.
   """
   pack.check_limits(tokens, patches)
   mine = _own_shards(source, rows, shards, host, hosts, "rows")
@@ -108,7 +111,7 @@ def batches(
     "patches": patches,
   }
   start = {"window": 0, "row": 0, "aside": [0, 0], "counts": [0, 0, 0]}
-  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
+  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead, place)
 
 
 def tasks(
@@ -121,9 +124,9 @@ def tasks(
   workdir: str | pathlib.Path | None = None,
   host: int = 0,
   hosts: int = 1,
-  read_ahead: int = 2,
+  read_ahead: int = 1,
 ) -> "Stream":
-  """Endless lists of Task: this host's block of `batch` questions.
+  """Endless `Questions`: this host's block of `batch` of them.
 
   A question whose answer is missing or whose media cannot be read is set aside, so that
   no rollout meets it.
@@ -132,10 +135,10 @@ def tasks(
   each = batch // shards
   quarantine = Quarantine(workdir, host, max_bad_share)
 
-  def make(index: int, shard: int):
-    return attempt(index, lambda: usable_task(source, index, shard))
-
   def produce(state):
+    def make(index: int, shard: int):
+      return attempt(index, lambda: usable_task(source, index, held.load, shard))
+
     streams = [
       _tasks(
         _ordered(source, s, shards, seed, lambda i, rng, s=s: make(i, s)),
@@ -145,22 +148,34 @@ def tasks(
       for s in mine
     ]
     while True:
+      held = Held(source.load_media)
       taken = [next(stream) for stream in streams for _ in range(each)]
       after = [taken[(i + 1) * each - 1][1] for i in range(len(mine))]
       shards_after = {str(s): a for s, a in zip(mine, after)}
-      yield [task for task, _ in taken], {**state, "shards": shards_after}
+      asked = Questions([task for task, _ in taken], held.load)
+      yield asked, {**state, "shards": shards_after}
 
   layout = {"seed": seed, "shards": shards, "records": len(source)}
   start = {"next": 0, "aside": [0, 0], "counts": [0, 0, 0]}
   return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
 
 
-def usable_task(source: Any, index: int, shard: int = 0) -> Task:
+@dataclasses.dataclass(frozen=True)
+class Questions:
+  """Questions to be answered, whose pictures were decoded when they were looked at."""
+
+  tasks: list[Task]
+  load_media: encode.LoadMedia = dataclasses.field(compare=False)
+
+
+def usable_task(
+  source: Any, index: int, load_media: encode.LoadMedia, shard: int = 0
+) -> Task:
   """A record as a question; raises when no rollout could be made of it."""
   record = source[index]
   task = record.task if isinstance(record, Trajectory) else record
   formats.check_task(task)
-  load_media = _watched(source)
+  load_media = _watched(source, load_media)
   if source.codec and (source.filter.min_tokens or source.filter.max_tokens):
     prompt = encode.Conversation(source.codec, task, load_media).trajectory
     _refuse(source.filter.refuses(tokens=len(prompt.ids)))
@@ -170,11 +185,11 @@ def usable_task(source: Any, index: int, shard: int = 0) -> Task:
   return dataclasses.replace(task, shard=shard)
 
 
-def _watched(source: Any) -> encode.LoadMedia:
-  """`source.load_media`, which raises LeftOut for pictures that the filter refuses."""
+def _watched(source: Any, load_media: encode.LoadMedia) -> encode.LoadMedia:
+  """`load_media`, which raises LeftOut for pictures that the source's filter refuses."""
 
   def load(media):
-    loaded = source.load_media(media)
+    loaded = load_media(media)
     picture = loaded.frames[0] if media.kind == "video" else loaded
     _refuse(source.filter.refuses(pixels=picture.width * picture.height))
     return loaded
@@ -188,19 +203,36 @@ def _refuse(why: str) -> None:
 
 
 def fixed_tasks(
-  source: Any, count: int, *, workdir: str | pathlib.Path | None = None
+  source: Any,
+  count: int,
+  *,
+  workdir: str | pathlib.Path | None = None,
+  shards: int = 1,
+  host: int = 0,
+  hosts: int = 1,
 ) -> list[Task]:
-  """The first `count` questions that can be used; the others are set aside."""
-  aside, good = Quarantine(workdir, 0, 1.0), []
-  for i in range(len(source)):
-    if len(good) >= count:
-      break
-    made = attempt(i, functools.partial(usable_task, source, i))
-    if not isinstance(made, Bad):
-      good.append(made)
-    elif not made.left_out:
-      aside.add(made, -1)
-  if not good:
+  """This host's part of the first `count` questions that can be used, shard by shard.
+
+  The others are set aside.  Of each logical shard the first that can be used, as many
+  as it would give of `count` good records: no host reads those of another.
+  """
+  each = shards // hosts
+  aside, good, wanted = Quarantine(workdir, host, 1.0), [], 0
+  for shard in range(host * each, (host + 1) * each):
+    left = len(range(shard, count, shards))
+    wanted += left
+    for i in range(shard, len(source), shards):
+      if not left:
+        break
+      made = attempt(
+        i, functools.partial(usable_task, source, i, source.load_media, shard)
+      )
+      if not isinstance(made, Bad):
+        good.append(made)
+        left -= 1
+      elif not made.left_out:
+        aside.add(made, -1)
+  if wanted and not good:
     raise DataError(
       f"none of {len(source)} records is a usable question for {count} tasks; see "
       f"{aside.path or 'a quarantine file: give a workdir'}, and data.filter"
@@ -222,7 +254,8 @@ def _own_shards(source, size, shards, host, hosts, name) -> range:
     )
   if len(source) < shards:
     raise DataError(
-      f"{len(source)} records for data.shards={shards}; every shard needs one at least"
+      f"{len(source)} records for data.shards={shards}; every shard needs one at least. "
+      "Lower data.shards, or give more records"
     )
   each = shards // hosts
   return range(host * each, (host + 1) * each)
@@ -279,7 +312,7 @@ def _tasks(ordered, state, set_aside) -> Iterator[tuple[Task, dict]]:
 
 def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Example:
   """The example of a record: a trace as it is, or one synthesized for a task."""
-  record, load_media = source[index], _watched(source)
+  record, load_media = source[index], _watched(source, source.load_media)
   if isinstance(record, Trajectory):
     t = record
     formats.check_task(t.task)
@@ -321,23 +354,50 @@ class Stream:
 
   The state is JSON: {"layout": ..., "shards": {"0": ...}}, the shards of this host; the
   states of several hosts are joined by joining their shards.
+
+    batch = next(stream)
+    update(batch)        sent off; the devices are at work
+    stream.prepare()     meanwhile the next batch is placed; the state stays that of
+                         `batch`
   """
 
-  def __init__(self, produce, layout: dict, shards: dict[str, dict], read_ahead: int):
-    self._produce, self._depth = produce, read_ahead
+  def __init__(
+    self,
+    produce,
+    layout: dict,
+    shards: dict[str, dict],
+    read_ahead: int,
+    place: Callable[[Any], Any] | None = None,
+  ):
+    self._produce, self._depth, self._place = produce, read_ahead, place
     self._state = {"layout": layout, "shards": shards}
     self._reader: _Reader | None = None
+    self._ready: tuple[Any, dict] | Exception | None = None  # prepared
 
   def __iter__(self) -> "Stream":
     return self
 
   def __next__(self) -> Any:
+    self.prepare()
+    ready, self._ready = self._ready, None
+    if isinstance(ready, Exception):
+      raise ready
+    value, self._state = ready
+    return value
+
+  def prepare(self) -> None:
+    """Places the next item ahead of its use; what goes wrong is raised by `next`."""
+    if self._ready is not None:
+      return
     if self._reader is None:
       self._reader = _Reader(self._produce, self._state, self._depth)
       # The thread must not keep this object alive, nor outlive it.
       weakref.finalize(self, self._reader.stop)
-    value, self._state = self._reader.take()
-    return value
+    try:
+      value, state = self._reader.take()
+      self._ready = (self._place(value) if self._place else value, state)
+    except Exception as error:
+      self._ready = error
 
   def get_state(self) -> dict:
     """Where the next item begins; as if nothing had been read ahead."""
@@ -368,7 +428,8 @@ class Stream:
     return {k: float(sum(s["counts"][i] for s in shards)) for i, k in enumerate(names)}
 
   def close(self) -> None:
-    """Ends the thread; the next item starts another."""
+    """Ends the thread and forgets what is prepared; the next item starts another."""
+    self._ready = None
     if self._reader:
       self._reader.stop()
       self._reader = None

@@ -10,6 +10,7 @@ is a `Task` or a `Trajectory`, `load_media`, a `filter` that the pipeline asks, 
   world:full_train     half of the scenes are videos, half of these deep clips
   jsonl:, json:, parquet:, arrayrecord:, tfds:      records of a file (records.py) in
                        our layout or a foreign one (formats.py), paths below the root
+  images:FOLDER        bare pictures, for synthesis
   URI,URI              a mixture; an epoch holds every record of each at least once
 
 Paths never leave the root (media.py): data files come from elsewhere.
@@ -103,22 +104,34 @@ def open_source(
     raise SourceError("data.filter counts tokens; open the source with a codec")
   frames = codec.video_frames if codec else 16
   library = media.Library(root, frames)
-  parts = [_open_one(u, library, synthesis) for u in uri.split(",") if u]
+  parts = [_open_one(u, library, synthesis) for u in split(uri)]
   mixed = len(parts) != 1 or len(weights)
   source = Mixture(parts, library, weights) if mixed else parts[0]
   source.filter, source.codec = limits, codec
   return source
 
 
+def split(uri: str) -> list[str]:
+  """The URIs of a mixture."""
+  return [u for u in uri.split(",") if u]
+
+
+def is_world(uri: str) -> bool:
+  """Whether the tiny world is all that a URI names."""
+  return all(u.startswith("world:") for u in split(uri))
+
+
 def _open_one(uri: str, library, synthesis) -> "World | File":
-  scheme, _, rest = uri.partition(":")
+  scheme, colon, rest = uri.partition(":")
   if scheme == "world":
     return World(rest, synthesis)
   if scheme in records.SCHEMES:
     return File(uri, library, synthesis)
   raise SourceError(
-    f"data.uri={uri!r}: the scheme {scheme!r} is unknown; allowed are world:SPLIT, "
-    f"{', '.join(f'{s}:FILE' for s in records.SCHEMES[:-1])} and tfds:NAME/SPLIT"
+    f"data.uri={uri!r}: {f'{scheme!r} is no' if colon else 'it has no'} scheme; allowed "
+    "are world:SPLIT, "
+    f"{', '.join(f'{s}:FILE' for s in records.SCHEMES[:-2])}, tfds:NAME/SPLIT and "
+    "images:FOLDER"
   )
 
 

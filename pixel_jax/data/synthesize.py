@@ -11,7 +11,7 @@ here: boxes (`boxes.py`), pictures, teachers, and which question comes when.
   image/recrop1   wrong, crop, answer            video/reselect  wrong, frames, answer
   image/recrop2   wrong, wrong, crop, answer     image/direct, video/direct    answer
   image/zoom      large, crop of it, answer      video/zoom      frame, crop of it, answer
-                                                 text/compare    answer, no pictures
+  text/direct     answer; no pictures            text/compare    the same, of its own
 
 Base skills, which stand in for what Qwen2.5-VL brings along (no calls):
   image/box       the box of the cue as the answer: [0.12, 0.40, 0.28, 0.52]
@@ -48,7 +48,7 @@ PAPER = {
 }
 OPERATING = frozenset(PAPER) | {"video/zoom"}
 BASE = frozenset(("image/box", "image/crop", "video/number", "video/frame"))
-DIRECT = frozenset(("image/direct", "video/direct"))
+DIRECT = frozenset(("image/direct", "video/direct", "text/direct"))
 KINDS = OPERATING | BASE | DIRECT | {"text/compare"}
 # Whole frames, which do not show what a deep clip is asked about.
 WHOLE = frozenset(("video/single", "video/reselect", "video/frame"))
@@ -173,9 +173,8 @@ def modality(task: Task) -> str:
 def choose(kinds: dict[str, float], task: Task, rng: np.random.Generator) -> str:
   """A kind that `task` can be made into, by share."""
   mine = modality(task) + "/"
-  text = kinds.get("text/compare", 0.0)
   fitting = {k: v for k, v in kinds.items() if fits(k, task) and v > 0}
-  if rng.random() < text or (mine == "text/" and text):
+  if rng.random() < kinds.get("text/compare", 0.0):
     return "text/compare"
   if not fitting:
     raise SynthesisError(
@@ -252,7 +251,7 @@ def plan(
       planned.append(zoom(box, first, grid))
     return planned
   cue, target = tuple(reference["bbox_2d"]), reference.get("target_image", 1)
-  padding = ops.RELEASED_PADDING if profile == "released" else 0.0
+  padding = ops.padding(profile)
   box = boxes.noisy(cue, rng, noise, grid)
   if kind in ("image/recrop1", "image/recrop2"):
     for _ in range(int(kind[-1])):

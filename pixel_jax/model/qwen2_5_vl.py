@@ -21,7 +21,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from pixel_jax import parallel
-from pixel_jax.batch import Batch, Cache
+from pixel_jax.batch import Batch, Cache, Prompts
 from pixel_jax.model import logp, lora, table
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.model.text import Text
@@ -224,6 +224,7 @@ def extend(
   features: Float[Array, "R M D"] | None = None,
   rows: Int[Array, " R"] | None = None,
   *,
+  prompts: Prompts | None = None,
   view: int | None = None,
 ) -> tuple[Float[Array, "R T D"], Cache]:
   """Appends tokens to the cache: prefill, a later turn, or (T = 1) a decoding step.
@@ -237,12 +238,13 @@ def extend(
     features: what vision_index points to, row-local; None = text only.
     rows: distinct rows of the cache; None = the first R.  An index >= B is padding and
       is dropped.
+    prompts: what the rows of the cache go on from; seen whole.
     view: attend to the first `view` slots only (static; length + count must fit in it);
       a decoding step reads as far as its longest row anyway.
   """
   x = _embed(config, params, tokens, vision_index, features)
   view = cache.k.shape[3] if view is None else view
-  return _text(config, params).extend(x, position, count, cache, rows, view)
+  return _text(config, params).extend(x, position, count, cache, rows, prompts, view)
 
 
 def _embed(config, params, tokens, vision_index, features) -> jax.Array:

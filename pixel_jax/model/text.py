@@ -12,11 +12,13 @@ from jax.ad_checkpoint import checkpoint_name as name
 from jaxtyping import Array, Float, Int
 
 from pixel_jax import parallel
-from pixel_jax.batch import Cache
+from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import layers, rope
 from pixel_jax.model.attention import attention, cached_attention
 from pixel_jax.model.config import ModelConfig, TextConfig
 from pixel_jax.model.layers import Linear, RMSNorm
+
+NOWHERE = 2**30  # a slot after all others
 
 
 class Embed(nnx.Module):
@@ -97,9 +99,12 @@ class Text(nnx.Module):
     count: Int[Array, " R"],
     cache: Cache,
     rows: Int[Array, " R"] | None,
+    prompts: Prompts | None,
     view: int,
   ) -> tuple[Float[Array, "R T D"], Cache]:
     """Appends `count` tokens to each row; the rest of the T are padding.
+
+    Slots count from the end of a row's prompt, where it has one.
 
     The cache rides in the carry and is written before it is read, so XLA updates it in
     place; as scan input and output it would exist twice (performance.md 6.2).
@@ -112,6 +117,9 @@ class Text(nnx.Module):
     slot = length[:, None] + jnp.arange(T)
     # A padded token goes to slot S, which does not exist: the scatter drops it.
     target = jnp.where(jnp.arange(T) < count[:, None], slot, S)
+    if prompts is not None:
+      row = prompts.row[at]
+      before = prompts.length[row]  # R
 
     def body(block, carry, i):
       x, k_cache, v_cache = carry
@@ -119,10 +127,20 @@ class Text(nnx.Module):
       k_cache = _write(k_cache, k, i, at, target)
       v_cache = _write(v_cache, v, i, at, target)
       if T == 1 and rows is None:  # a decoding step; a row that rests looks nowhere
-        heads = cached_attention(q, k_cache, v_cache, i, slot[:, 0] * count)
-      else:
+        heads = cached_attention(q, k_cache, v_cache, i, slot[:, 0] * count, prompts)
+      elif prompts is None:
         k, v = (c[i, at, :, :view] for c in (k_cache, v_cache))
         heads = attention(q, k, v, slot_q=slot, causal=True)
+      else:
+        k = jnp.concatenate([prompts.k[i, row], k_cache[i, at, :, :view]], axis=2)
+        v = jnp.concatenate([prompts.v[i, row], v_cache[i, at, :, :view]], axis=2)
+        first = jnp.arange(prompts.k.shape[3])
+        first = jnp.where(first < before[:, None], first, NOWHERE)
+        slot_k = [first, before[:, None] + jnp.arange(view)]
+        heads = attention(
+          q, k, v, slot_q=before[:, None] + slot, slot_k=jnp.concatenate(slot_k, axis=1),
+          causal=True,
+        )  # fmt: skip
       return block.close(x, heads), k_cache, v_cache
 
     x, k, v = layers.run(

@@ -37,6 +37,11 @@ RELEASED_PADDING = 0.1  # of width and height, on every side
 MAX_TEXT = 400  # characters; the longest regular released text has about 230
 
 
+def padding(profile: Profile) -> float:
+  """What a crop is given on every side, as a share of width and height."""
+  return RELEASED_PADDING if profile == "released" else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class OpError:
   """An operation that failed: a value, never an exception."""

@@ -1,7 +1,8 @@
-"""Rollout on the device: prefill, fork and sampling as pure functions of arrays.
+"""Rollout on the device: prefill and sampling as pure functions of arrays.
 
-A slot is a row of the cache.  Between calls the cache holds all ids of a sequence but
-the last: that one is fed first when the sequence goes on, so new turns and sampled
+A slot is a row of the cache, which holds what follows the slot's prompt; the prompt of
+a group lies once in a cache of prompts.  Between calls they hold all ids of a sequence
+but the last: that one is fed first when the sequence goes on, so new turns and sampled
 tokens continue alike and no hidden state outlives a call.  The host says where a turn
 begins (`place`, `Turns.length`); `cache.length` is never trusted between calls.
 
@@ -20,7 +21,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from pixel_jax.batch import Cache
+from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 
@@ -58,7 +59,7 @@ class Pictures:
 class Turns:
   """New tokens of R slots; T of them at most, the rest is padding."""
 
-  slot: jax.Array  # i32[R]      row of the cache; >= B = padding
+  slot: jax.Array  # i32[R]      row of the cache, slot or prompt; >= B = padding
   length: jax.Array  # i32[R]      tokens that lie there already
   count: jax.Array  # i32[R]      valid tokens
   tokens: jax.Array  # i32[R T]
@@ -70,7 +71,7 @@ class Turns:
 class Slots:
   """Where all B slots stand between two chunks."""
 
-  length: jax.Array  # i32[B]    tokens in the cache
+  length: jax.Array  # i32[B]    tokens in the cache, after the prompt
   last: jax.Array  # i32[B]    the id after them, not in the cache yet
   position: jax.Array  # i32[B]    its position (text: the three are equal)
   budget: jax.Array  # i32[B]    tokens the turn may still have; 0 = idle
@@ -92,12 +93,14 @@ def extend(
   cache: Cache,
   turns: Turns,
   bank: jax.Array,
+  prompts: Prompts | None = None,
   *,
   view: int,
 ) -> Cache:
   """Appends new tokens to their slots: a prompt, or what an operation returned.
 
   Args:
+    cache, prompts: of prompts themselves, None; of slots, which go on from `prompts`.
     bank: f[C D] features of pictures; `turns.feature` points into it.
     view: slots of the cache that attention looks at; all of `turns` fits in it.
   """
@@ -109,11 +112,11 @@ def extend(
   own = jnp.where(turns.feature < 0, -1, jnp.arange(turns.tokens.shape[1]))
   return qwen2_5_vl.extend(
     config, params, cache, turns.tokens, turns.position, turns.count, own, features,
-    turns.slot, view=view,
+    turns.slot, prompts=prompts, view=view,
   )[1]  # fmt: skip
 
 
-def fork(
+def move(
   cache: Cache,
   source: jax.Array,
   target: jax.Array,
@@ -134,10 +137,10 @@ def fork(
     return jax.lax.dynamic_update_slice(x, part, (0, target[i], 0, start, 0))
 
   def copy(i, kv):
-    def move(j, kv):
+    def next_piece(j, kv):
       return jax.tree.map(lambda x: piece(i, j, x), kv)
 
-    return jax.lax.fori_loop(0, -(-length[i] // size), move, kv)
+    return jax.lax.fori_loop(0, -(-length[i] // size), next_piece, kv)
 
   k, v = jax.lax.fori_loop(0, count, copy, (cache.k, cache.v))
   return cache.replace(k=k, v=v)
@@ -231,6 +234,7 @@ def decode(
   config: ModelConfig,
   params: Any,
   cache: Cache,
+  prompts: Prompts,
   slots: Slots,
   forced: jax.Array,
   banned: jax.Array | None,
@@ -255,6 +259,7 @@ def decode(
   """
   B, chunk = lanes, forced.shape[1]
   key = slots.key[:B]
+  before = prompts.length[prompts.row[:B]]  # B
 
   def is_on(state):
     step, _, (_, _, _, budget), *_ = state
@@ -267,13 +272,13 @@ def decode(
     hidden, cache = qwen2_5_vl.extend(
       config, params, cache, last[:, None],
       jnp.broadcast_to(position[:, None, None], (B, 1, 3)),
-      on.astype(jnp.int32), jnp.full((B, 1), -1),
+      on.astype(jnp.int32), jnp.full((B, 1), -1), prompts=prompts,
     )  # fmt: skip
     logits = qwen2_5_vl.logits(config, params, hidden[:, 0])
     if banned is not None:
       logits = jnp.where(banned, -jnp.inf, logits)
     # The token's index in its sequence, whichever slot and chunk it falls into.
-    keys = jax.vmap(_fold_in)(key, length + 1)
+    keys = jax.vmap(_fold_in)(key, before + length + 1)
     token, lp = sample(logits, keys, sampling, forced[:B, step])
     tokens = tokens.at[:, step].set(jnp.where(on, token, 0))
     logp = logp.at[:, step].set(jnp.where(on, lp, 0))

@@ -1,6 +1,6 @@
 """The engine: many conversations at once on one cache.  Joins host and device.
 
-  tasks --Conversation--> prompts --prefill once a group, fork--> slots --decode a chunk
+  tasks --Conversation--> prompts --prefill once a group--> slots --decode a chunk
   --> sampled ids --Episode--> done | operation --worker threads--> new tokens + pictures
   --encode, extend--> the slot decodes on; a finished slot is refilled at the boundary;
   when no sample waits any more, fewer and fewer lanes decode
@@ -59,19 +59,23 @@ class Engine:
   """Compiled programs of fixed shapes; one engine runs on the devices of its params.
 
   Args:
+    group_size: samples of one task at most; their prompt is stored and read once.
     slots: conversations at once; a multiple of 16 keeps matmuls in full blocks.
-    max_len: tokens of a conversation at most.
+    max_prompt: tokens of a prompt at most.
+    max_len: tokens of a conversation with the longest prompt; after any prompt there is
+      room for max_len - max_prompt.
     prompt_len, extend_len: tokens of a row of a prefill and of an extend call; longer
       prompts and observations go in pieces.
     prompt_rows, extend_rows: rows of those calls; None = about `TOKENS` tokens a call.
     patches: of the largest picture; a vision call encodes as many.  A conversation
-      that shows a larger one ends (stop "length"), as does one beyond max_len.
+      that shows a larger one ends (stop "length"), as does one that is too long.
     pages: of the feature bank, patches / 4 features each.
     chunk: decoding steps between two looks of the host.
     delay: chunks from an operation's submission to its collection (`Scheduler`).
     lag: chunks that are sent off before the oldest is read.  With 1 the host works
       while the device does, but hears of the end of a turn one chunk late.
-    views: cache lengths that prefill is compiled for; None = max_len alone.
+    views: lengths of prompts, and of what follows them, that prefill is compiled for;
+      None = the largest alone.
     workers: threads that run operations and prepare prompts.
     zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
@@ -81,7 +85,9 @@ class Engine:
     config: ModelConfig,
     codec: Codec,
     *,
+    group_size: int = 1,
     slots: int,
+    max_prompt: int,
     max_len: int,
     prompt_len: int,
     extend_len: int,
@@ -100,10 +106,12 @@ class Engine:
       raise ValueError(f"{zoom=} is unknown; allowed: 'host', 'device'.")
     if zoom == "device":
       codec = dataclasses.replace(codec, resize=resample.Resize())
-    if min(slots, prompt_len, extend_len, chunk) < 1 or not prompt_len < max_len:
+    least = min(group_size, slots, prompt_len, extend_len, chunk)
+    if least < 1 or not 0 < max_prompt < max_len - 1:
       raise ValueError(
-        f"{slots=}, {max_len=}, {prompt_len=}, {extend_len=}, {chunk=}: all are positive "
-        "and a prompt leaves room for an answer (prompt_len < max_len)."
+        f"{group_size=}, {slots=}, {max_prompt=}, {max_len=}, {prompt_len=}, "
+        f"{extend_len=}, {chunk=}: all are positive and a prompt leaves room for an "
+        "answer (max_prompt < max_len - 1)."
       )
     if min(delay, lag) < 0:
       raise ValueError(f"{delay=}, {lag=}: numbers of chunks, 0 or more.")
@@ -112,14 +120,21 @@ class Engine:
         f"{patches=}: a positive multiple of 4 (2 x 2 patches a feature)."
       )
     self.config, self.codec = config, codec
-    self.slots, self.max_len, self.patches = slots, max_len, patches
+    self.group_size, self.slots, self.patches = group_size, slots, patches
+    # Three times the groups that fill the slots: while a group waits for its longest
+    # sample the next ones begin, and with these no slot of log-normal turns stays empty.
+    self.prompts = min(slots, -(-3 * slots // group_size))
+    self.max_prompt, self.max_own = max_prompt, max_len - max_prompt
     self.chunk, self.delay, self.lag, self.workers = chunk, delay, lag, workers
-    self.views = sorted({min(v, max_len) for v in views or ()} | {max_len})
+    self.views = tuple(
+      sorted({min(v, n) for v in views or ()} | {n}) for n in (max_prompt, self.max_own)
+    )  # of prompts, and of what follows them
     self.lanes = sorted({max(1, slots // n) for n in (1, 2, 4)})
 
     def rows(given, length):
       return given or max(1, min(TOKENS // length, slots // 8))
 
+    prompt_len = min(prompt_len, max_prompt)
     self.prompt = (rows(prompt_rows, prompt_len), prompt_len)
     self.turn = (rows(extend_rows, extend_len), extend_len)
     # What one call may show at worst: pictures of 1 feature in rows of 4, and two
@@ -142,10 +157,10 @@ class Engine:
   @property
   def declared(self) -> int:
     """Programs that the buckets and the ways of sampling so far can ask for."""
-    extend = len({self.prompt, self.turn}) * len(self.views)
+    extend = sum(len(views) for views in self.views)
     encode = len(pictures.row_sizes(self.patches))
     decode = len(self._ways) * len(self.lanes)
-    return extend + encode + decode + len(("open", "cast", "fork", "place"))
+    return extend + encode + decode + len(("open", "cast", "move", "place"))
 
   # ---- Run ---------------------------------------------------------------------------
 
@@ -173,7 +188,7 @@ class Engine:
     """Plays every task `group_size` times with one set of weights.
 
     A task whose prompt has no room says nothing (stop "length"); ValueError when none
-    has.
+    has, and when `group_size` is larger than the engine's.
 
     Args:
       seed, step: with the task's id and the sample's index the key of its sampling.
@@ -195,9 +210,12 @@ class Engine:
           "force='operate' is a script of one token: give it or a script, not both."
         )
       script = self._begin_with_a_call
+    if group_size > self.group_size:
+      raise ValueError(
+        f"{group_size=}: this engine was made for groups of at most {self.group_size}."
+      )
     sampling = decode.Sampling(temperature, top_p, top_k, greedy)
     limits = dict(
-      max_len=self.max_len,
       max_patches=self.patches,
       max_turns=max_turns,
       max_new_tokens=max_new_tokens,
@@ -206,8 +224,9 @@ class Engine:
     table = self._table(params, sampling, ban, fixed_batch)
     buckets = [self.slots] if fixed_batch else self.lanes
     plan = Scheduler(
-      slots=self.slots, groups=len(tasks), group_size=group_size, delay=self.delay
-    )
+      slots=self.slots, prompts=self.prompts, groups=len(tasks), group_size=group_size,
+      delay=self.delay,
+    )  # fmt: skip
     results: list[list[Finished | None]] = [[None] * group_size for _ in tasks]
     starts: dict[int, Start] = {}  # slot -> who plays there
     prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
@@ -226,29 +245,30 @@ class Engine:
     with ThreadPoolExecutor(self.workers) as pool:
       ahead = _Ahead(pool, lambda task: self._prompt(task, load_media, swap), tasks)
       while not plan.done:
-        # ---- Refill free slots; a prompt is computed once and copied ----
-        begun, new = plan.refill()
+        # ---- Refill free slots; a prompt is computed once a group ----
+        begun = plan.refill()
         with watch("prompts"):
-          for s in begun + new:
+          for s in begun:
             if s.sample == 0:
               prompts[s.group] = ahead.take(s.group)
             last = s.sample == group_size - 1
             prompt = prompts.pop(s.group) if last else prompts[s.group]
             key = _key(seed, step, tasks[s.group].id, s.sample)
             turns = self._turns(script, tasks[s.group], s.sample)
-            episode = Episode(prompt.fork(s.sample), script=turns, **limits)
-            table.begin(s.slot, episode, key)
+            room = self._room(prompt)
+            episode = Episode(
+              prompt.fork(s.sample), max_len=room, script=turns, **limits
+            )
+            table.begin(s, episode, key)
             starts[s.slot] = s
             if s.sample == 0 and not episode.fits:
               refused.append(self._refuse(tasks[s.group], episode, len(tasks), refused))
-        fits = {s.slot: table.episodes[s.slot].fits for s in begun + new}
-        homes = [s.slot for s in new if s.sample == 0 and fits[s.slot]]
+        fits = [s for s in begun if table.episodes[s.slot].fits]
         with watch("prefill"):
-          table.fork([(s.home, s.slot) for s in begun if fits[s.slot]])
-          table.feed(homes, self.prompt, "prefills")
-          table.fork([(s.home, s.slot) for s in new if s.sample and fits[s.slot]])
-        for s in begun + new:
-          if not fits[s.slot]:
+          table.prefill([s.slot for s in fits if s.sample == 0], self.prompt)
+          table.start([s.slot for s in fits])
+        for s in begun:
+          if not table.episodes[s.slot].fits:
             table.episodes[s.slot].refuse()
             finish(s.slot)
         # ---- Go on with the turns whose operations are due ----
@@ -257,7 +277,7 @@ class Engine:
         for slot, fits in due:
           (plan.resume if fits else finish)(slot)
         with watch("extend"):
-          table.feed([slot for slot, fits in due if fits], self.turn, "extends")
+          table.feed([slot for slot, fits in due if fits], self.turn)
         # ---- Decode a chunk; look at what was said ----
         if plan.decoding:
           lanes, moves = plan.drain(buckets)
@@ -301,6 +321,11 @@ class Engine:
       )
     return turns
 
+  def _room(self, prompt: Conversation) -> int:
+    """Ids that a conversation may have; none where its prompt is too long."""
+    stored = len(prompt.trajectory.ids) - 1  # the last is fed when decoding begins
+    return stored + self.max_own if stored <= self.max_prompt else 0
+
   def _prompt(self, task: Task, load_media: Callable, swap) -> Conversation:
     conversation = Conversation(self.codec, task, load_media)
     if swap is not None:
@@ -314,8 +339,8 @@ class Engine:
     largest = max((p.num_patches for p in episode.conversation.pixels), default=0)
     told = (
       f"the prompt of task {task.id} has {len(episode.ids)} tokens and {largest} patches "
-      f"in its largest picture; the engine takes less than {self.max_len} and at most "
-      f"{self.patches}. Raise `max_len` or `patches`, or lower the pixel budgets."
+      f"in its largest picture; the engine takes at most {self.max_prompt + 1} and "
+      f"{self.patches}. Raise `max_prompt` or `patches`, or lower the pixel budgets."
     )
     if len(refused) + 1 == groups:
       raise ValueError(told)
@@ -357,7 +382,7 @@ class Engine:
     self._ways.add((sampling, bool(ban)))
     if qwen2_5_vl.is_wide(self.config, params):
       params = programs.cast(params)
-    cache, slots, features = programs.open()
+    cache, prompts, slots, features = programs.open()
     encode = functools.partial(programs.encode, params)
     banned = np.zeros(self.config.text.vocab, bool)
     banned[list(ban)] = True
@@ -365,10 +390,12 @@ class Engine:
       programs,
       params,
       cache,
+      prompts,
       slots,
       pictures.Bank(features, encode, self.patches),
+      group_size=self.group_size,
       banned=banned if ban else None,
-      views=[self.max_len] if one_bucket else self.views,
+      views=tuple(v[-1:] for v in self.views) if one_bucket else self.views,
       chunk=self.chunk,
     )
 
@@ -381,7 +408,9 @@ class Engine:
         self.config,
         sharding,
         slots=self.slots,
-        max_len=self.max_len,
+        max_len=self.max_own,
+        prompts=self.prompts,
+        max_prompt=self.max_prompt,
         bank=self.pages * self.patches // 4,
         piece=self.prompt[1],
         stops=self._stops,

@@ -22,9 +22,10 @@ class Programs:
   """The programs for parameters with this sharding.
 
   Args:
-    slots, max_len: of the cache.
+    slots, max_len: of the cache, after the prompts.
+    prompts, max_prompt: of the cache of prompts.
     bank: features of pictures that are kept.
-    piece: tokens that "fork" copies at a time.
+    piece: tokens that "move" copies at a time.
     stops: ids that end a turn.
   """
 
@@ -35,6 +36,8 @@ class Programs:
     *,
     slots: int,
     max_len: int,
+    prompts: int,
+    max_prompt: int,
     bank: int,
     piece: int,
     stops: tuple[int, ...],
@@ -57,14 +60,15 @@ class Programs:
         length=zero, last=zero, position=zero, budget=zero, key=key
       )
       features = jnp.zeros((bank, config.text.width), config.dtype)
-      return qwen2_5_vl.init_cache(config, slots, max_len), standing, features
+      shared = qwen2_5_vl.init_cache(config, prompts, max_prompt)
+      return qwen2_5_vl.init_cache(config, slots, max_len), shared, standing, features
 
     def bind(f, *args, **kwargs):
       # jit takes the name of a trace from its function; a partial has none.  A partial
       # even of nothing: engines that jit one function share, and count, its programs.
       return functools.update_wrapper(functools.partial(f, *args, **kwargs), f)
 
-    self.open = jax.jit(open_, out_shardings=(layout, whole, whole))
+    self.open = jax.jit(open_, out_shardings=(layout, layout, whole, whole))
     self.cast = jax.jit(bind(qwen2_5_vl.cast, config))
     self.encode = jax.jit(
       bind(decode.encode, config), donate_argnums=1, out_shardings=whole
@@ -75,21 +79,23 @@ class Programs:
       donate_argnums=1,
       out_shardings=layout,
     )
-    self.fork = jax.jit(
-      bind(decode.fork, size=piece), donate_argnums=0, out_shardings=layout
+    self.move = jax.jit(
+      bind(decode.move, size=min(piece, max_len)),
+      donate_argnums=0,
+      out_shardings=layout,
     )
     self.place = jax.jit(bind(decode.place), donate_argnums=0, out_shardings=whole)
     self.decode = jax.jit(
       bind(decode.decode, config, stops=stops),
       static_argnames=("sampling", "lanes"),
-      donate_argnums=(1, 2),
+      donate_argnums=(1, 3),
       out_shardings=(layout, whole, whole, whole, whole),
     )
 
   @property
   def all(self) -> tuple[Callable, ...]:
     return (
-      self.open, self.cast, self.encode, self.extend, self.fork, self.place, self.decode
+      self.open, self.cast, self.encode, self.extend, self.move, self.place, self.decode
     )  # fmt: skip
 
   @property

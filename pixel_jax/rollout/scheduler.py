@@ -2,9 +2,10 @@
 
 A *slot* is a row of the cache.  The samples of group 0 start first, then those of group
 1, ...; whenever slots are free the next samples take them, lowest slot first.  A group's
-prompt is computed once, in its *home* slot (that of sample 0), and copied into the
-others.  The clock is never asked: an operation that was submitted at chunk c is
-collected before chunk c + delay, late or not, so a killed run continues the same way.
+prompt is computed once, in a *row* of its own, which is free again when the last of its
+samples is over; while no row is free no group begins.  The clock is never asked: an
+operation that was submitted at chunk c is collected before chunk c + delay, late or
+not, so a killed run continues the same way.
 When no sample waits any more, those that still play move into the lowest slots, and
 fewer *lanes* decode.
 
@@ -20,12 +21,12 @@ from collections.abc import Sequence
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-  """Sample `sample` of group `group` begins in `slot` with the prompt of `home`."""
+  """Sample `sample` of group `group` begins in `slot`; its prompt lies in `row`."""
 
   group: int
   sample: int
   slot: int
-  home: int
+  row: int
 
 
 class Scheduler:
@@ -33,16 +34,19 @@ class Scheduler:
 
   Args:
     slots: rows of the cache.
+    prompts: rows for prompts.
     groups, group_size: what is to be played; any size, also more than the slots.
     delay: chunks from submitting an operation to collecting it; with 2 the other slots
       decode one chunk meanwhile, with 1 (or 0) none.
   """
 
-  def __init__(self, *, slots: int, groups: int, group_size: int, delay: int = 1):
-    if min(slots, group_size) < 1 or min(groups, delay) < 0:
+  def __init__(
+    self, *, slots: int, prompts: int, groups: int, group_size: int, delay: int = 1
+  ):
+    if min(slots, prompts, group_size) < 1 or min(groups, delay) < 0:
       raise ValueError(
-        f"{slots=}, {groups=}, {group_size=}, {delay=}: there is at least one slot and "
-        "one sample in a group; no count is negative."
+        f"{slots=}, {prompts=}, {groups=}, {group_size=}, {delay=}: there is at least "
+        "one slot, one prompt and one sample in a group; no count is negative."
       )
     self.group_size = group_size
     self.total = groups * group_size
@@ -51,34 +55,37 @@ class Scheduler:
     self.started = 0  # samples
     self.decoding: set[int] = set()
     self._refilled = False
-    self._free = set(range(slots))
-    self._home = -1  # slot with the prompt of the group that started last
+    # No more can play at once, so the slots above them are never used.
+    self._free = set(range(min(slots, prompts * group_size)))
+    self._most = len(self._free)
+    self._rows = set(range(prompts))  # that are free
+    self._row = -1  # of the group that started last
+    self._row_of: dict[int, int] = {}  # slot -> row
+    self._left: dict[int, int] = {}  # row -> samples that are not over
     self._operations: list[tuple[int, int]] = []  # (chunk, slot), as submitted
 
   @property
   def done(self) -> bool:
     return self.started == self.total and not self.decoding and not self._operations
 
-  def refill(self) -> tuple[list[Start], list[Start]]:
-    """Gives free slots to waiting samples: (of a group that has begun, of new groups).
-
-    The prompts of the first list must be copied before those of the second are
-    computed: a free home may be among the slots that the second list takes.  Until its
-    group has wholly started nothing else can take a home, because the group's samples
-    come first.
-    """
+  def refill(self) -> list[Start]:
+    """Gives free slots to waiting samples; sample 0 brings the prompt of its group."""
     self._refilled |= self.started > 0 and bool(self._free)
-    begun, new = [], []
+    starts = []
     for slot in sorted(self._free)[: self.total - self.started]:
       group, sample = divmod(self.started, self.group_size)
       if sample == 0:
-        self._home = slot
-      fresh = sample == 0 or (new and new[-1].group == group)
-      (new if fresh else begun).append(Start(group, sample, slot, self._home))
+        if not self._rows:
+          break
+        self._row = min(self._rows)
+        self._rows.remove(self._row)
+        self._left[self._row] = self.group_size
+      starts.append(Start(group, sample, slot, self._row))
+      self._row_of[slot] = self._row
       self.started += 1
       self._free.remove(slot)
       self.decoding.add(slot)
-    return begun, new
+    return starts
 
   @property
   def waiting(self) -> int:
@@ -97,12 +104,13 @@ class Scheduler:
       buckets: numbers of lanes to choose from, ascending; the last is all slots.
     """
     if self.started < self.total:
-      return buckets[-1], []
+      return next(n for n in buckets if n >= self._most), []
     playing = self.decoding | {slot for _, slot in self._operations}
     lanes = next(n for n in buckets if n >= len(playing))
     free = sorted(set(range(lanes)) - playing)
     moves = list(zip(sorted(s for s in playing if s >= lanes), free))
     for source, target in moves:
+      self._row_of[target] = self._row_of.pop(source)
       if source in self.decoding:
         self.decoding.remove(source)
         self.decoding.add(target)
@@ -129,6 +137,10 @@ class Scheduler:
     """The rollout of a slot, decoding or just collected, is over."""
     self.decoding.discard(slot)
     self._free.add(slot)
+    row = self._row_of.pop(slot)
+    self._left[row] -= 1
+    if not self._left[row]:
+      self._rows.add(row)
 
   def tick(self) -> None:
     """A chunk has ended (or would have: nothing was decoding)."""

@@ -1,25 +1,27 @@
 """The table of the slots: what lies where on the device, and every call that changes it.
 
-One row per slot, in numpy: how many ids of its conversation the cache holds, and what
-the host wants changed.  `feed` brings the cache up to the conversation, `decode` runs
-ahead of it by what was sampled, `read` tells what that was.  How far a turn has come is
+One row per slot, in numpy: which prompt it goes on from, how many ids the cache holds
+after that, and what the host wants changed.  `prefill` computes prompts, `feed` brings
+the cache up to the conversation, `decode` runs ahead of it by what was sampled, `read`
+tells what that was.  How far a turn has come is
 known on the device, so a chunk may be sent off before the last one is read.  Who plays
 where is decided by `scheduler`, what a turn means by `episode`.
 """
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from pixel_jax.batch import Cache
+from pixel_jax.batch import Cache, Prompts
 from pixel_jax.rollout import decode
 from pixel_jax.rollout.episode import Episode
 from pixel_jax.rollout.pictures import Bank
 from pixel_jax.rollout.programs import Programs
+from pixel_jax.rollout.scheduler import Start
 
 Sampled = tuple[int, list[int], list[float]]  # slot, ids, log-probs
 
@@ -38,9 +40,11 @@ class Table:
   """The slots of one run.
 
   Args:
+    prompts: of the groups; it holds all ids but the last of each.
     slots: their standing on the device.
+    group_size: samples that go on from one prompt at most.
     banned: bool[V], ids that are never drawn; None = any may be.
-    views: lengths of the cache that prefill is compiled for, ascending.
+    views: lengths that "prefill" and "feed" are compiled for, ascending.
     chunk: steps of one call of "decode".
   """
 
@@ -49,22 +53,27 @@ class Table:
     programs: Programs,
     params: Any,
     cache: Cache,
+    prompts: Cache,
     slots: decode.Slots,
     bank: Bank,
     *,
+    group_size: int,
     banned: np.ndarray | None,
-    views: Sequence[int],
+    views: tuple[Sequence[int], Sequence[int]],
     chunk: int,
   ):
     self.bank = bank
     self.stats: dict[str, float] = collections.Counter()
     self.unread: collections.deque[Chunk] = collections.deque()
     self._programs, self._params = programs, params
-    self._cache, self._slots = cache, slots
+    self._cache, self._prompts, self._slots = cache, prompts, slots
     self._banned, self._views, self._chunk = banned, views, chunk
-    B = cache.k.shape[1]
+    B, P = cache.k.shape[1], prompts.k.shape[1]
     self.episodes: list[Episode | None] = [None] * B
     self._length = np.zeros(B, np.int32)  # ids in the cache, as far as was read
+    self._row = np.zeros(B, np.int32)  # where the prompt lies
+    self._before = np.zeros(P, np.int32)  # ids of each prompt that lie there
+    self._lane = np.full((P, group_size), B, np.int32)  # slots that go on from it
     self._key = np.zeros((B, 2), np.uint32)
     self._new = np.zeros(B, bool)  # a turn begins: the device is to be told
     self._source = np.arange(B, dtype=np.int32)  # who moved here since the last chunk
@@ -72,23 +81,42 @@ class Table:
 
   # ---- New ids -----------------------------------------------------------------------
 
-  def begin(self, slot: int, episode: Episode, key: np.ndarray) -> None:
-    """A conversation enters an empty slot; its prompt is fed or forked next."""
-    self.episodes[slot] = episode
-    self._length[slot], self._key[slot] = 0, key
+  def begin(self, start: Start, episode: Episode, key: np.ndarray) -> None:
+    """A conversation enters an empty slot; `start` follows when its prompt is there."""
+    slot = start.slot
+    self.episodes[slot], self._key[slot] = episode, key
+    self._row[slot] = start.row
+    self._lane[self._lane == slot] = len(self.episodes)
+    self._lane[start.row, start.sample] = slot
 
-  def fork(self, pairs: Sequence[tuple[int, int]]) -> None:
-    """Copies the prompt of each (home, slot); they are prompts of one conversation."""
-    for _, slot in pairs:
+  def prefill(self, slots: Sequence[int], shape: tuple[int, int]) -> None:
+    """Computes the prompts of these conversations, but for the last id of each.
+
+    Args:
+      shape: rows and tokens of a call; more prompts take more calls, more tokens pieces.
+    """
+    self.stats["prefills"] += len(slots)
+    for pieces in _pieces({s: 0 for s in slots}, self._ends(slots), shape):
+      turns = self._turns(pieces, shape, self._row, {s: 0 for s in slots})
+      self._prompts = self._programs.extend(
+        self._params, self._prompts, turns, self.bank.features,
+        view=_view(self._views[0], pieces),
+      )  # fmt: skip
+
+  def start(self, slots: Sequence[int]) -> None:
+    """The prompts of these conversations lie there: they decode their first turn."""
+    for slot in slots:
+      self._before[self._row[slot]] = len(self.episodes[slot].ids) - 1
       self._go_on_from(slot)
-    self._copy(pairs)
 
   def move(self, pairs: Sequence[tuple[int, int]]) -> None:
     """Slots give up their rows for others; what is on its way to them comes along."""
     for source, target in pairs:
-      for column in (self._length, self._key, self._new, self._source):
+      for column in (self._length, self._row, self._key, self._new, self._source):
         column[target] = column[source]
       self._new[source] = False
+      self._lane[self._lane == target] = len(self.episodes)
+      self._lane[self._lane == source] = target
       for column in (self.episodes, self._forced):
         column[target] = column[source]
       for chunk in self.unread:
@@ -106,31 +134,50 @@ class Table:
     late = self._chunk * len(self.unread)
     rows[2, : len(pairs)] = [self._length[target] + late for _, target in pairs]
     rows[2] = np.minimum(rows[2], self._cache.k.shape[3])
-    self._cache = self._programs.fork(self._cache, *rows, np.int32(len(pairs)))
+    self._cache = self._programs.move(self._cache, *rows, np.int32(len(pairs)))
 
-  def feed(self, slots: Sequence[int], shape: tuple[int, int], name: str) -> None:
+  def feed(self, slots: Sequence[int], shape: tuple[int, int]) -> None:
     """Prefills what the cache lacks of these conversations, but for the last id.
 
     Args:
-      shape: rows and tokens of a call; more slots take more calls, more tokens pieces.
-      name: which statistic counts the slots.
+      shape: as of `prefill`.
     """
-    R, T = shape
-    self.stats[name] += len(slots)
-    left = list(slots)
-    while left:
-      pieces = []
-      for slot in left[:R]:
-        begin = int(self._length[slot])
-        end = min(begin + T, len(self.episodes[slot].ids) - 1)
-        pieces.append((slot, begin, end))
-        self._length[slot] = end
-      self._extend(pieces, shape)
-      left = [s for s in left if self._length[s] < len(self.episodes[s].ids) - 1]
+    self.stats["extends"] += len(slots)
+    before = {s: int(self._before[self._row[s]]) for s in slots}
+    begins = {s: before[s] + int(self._length[s]) for s in slots}
+    for pieces in _pieces(begins, self._ends(slots), shape):
+      own = [(s, begin - before[s], end - before[s]) for s, begin, end in pieces]
+      turns = self._turns(pieces, shape, range(len(self.episodes)), before)
+      self._cache = self._programs.extend(
+        self._params, self._cache, turns, self.bank.features, self._shared,
+        view=_view(self._views[1], own),
+      )  # fmt: skip
     for slot in slots:
       self._go_on_from(slot)
 
-  def _extend(self, pieces: list[tuple[int, int, int]], shape: tuple[int, int]) -> None:
+  def _ends(self, slots: Sequence[int]) -> dict[int, int]:
+    return {s: len(self.episodes[s].ids) - 1 for s in slots}
+
+  @property
+  def _shared(self) -> Prompts:
+    # Copies, because a call may read its arguments after it returns.
+    k, v = self._prompts.k, self._prompts.v
+    rest = (self._before.copy(), self._row.copy(), self._lane.copy())
+    return Prompts(k, v, *rest)
+
+  def _turns(
+    self,
+    pieces: list[tuple[int, int, int]],
+    shape: tuple[int, int],
+    row_of: Sequence[int],
+    before: Mapping[int, int],
+  ) -> decode.Turns:
+    """What "extend" takes for ids[begin:end] of each (slot, begin, end).
+
+    Args:
+      row_of: the row of the cache, by slot.
+      before: ids of each slot that lie elsewhere.
+    """
     R, T = shape
     turns = decode.Turns(
       slot=np.full(R, len(self.episodes), np.int32),  # out of range: dropped
@@ -143,7 +190,8 @@ class Table:
     shown = []
     for r, (slot, begin, end) in enumerate(pieces):
       episode, n = self.episodes[slot], end - begin
-      turns.slot[r], turns.length[r], turns.count[r] = slot, begin, n
+      turns.slot[r], turns.count[r] = row_of[slot], n
+      turns.length[r] = begin - before[slot]
       turns.tokens[r, :n] = episode.ids[begin:end]
       turns.position[r, :n] = episode.positions[begin:end]
       shown += [(r, begin, *s) for s in episode.shown(begin, end)]
@@ -152,17 +200,11 @@ class Table:
       rows = self.bank.rows(pixels)
       lo, hi = max(start, begin), min(start + len(rows), begin + T)
       turns.feature[r, lo - begin : hi - begin] = rows[lo - start : hi - start]
-    self._cache = self._programs.extend(
-      self._params,
-      self._cache,
-      turns,
-      self.bank.features,
-      view=next(v for v in self._views if v >= max(end for _, _, end in pieces)),
-    )
+    return turns
 
   def _go_on_from(self, slot: int) -> None:
     episode = self.episodes[slot]
-    self._length[slot] = len(episode.ids) - 1
+    self._length[slot] = len(episode.ids) - 1 - self._before[self._row[slot]]
     self._forced[slot] = episode.forced
     self._new[slot] = True
 
@@ -186,6 +228,7 @@ class Table:
     self._cache, self._slots, *out = self._programs.decode(
       self._params,
       self._cache,
+      self._shared,
       self._slots,
       forced,
       self._banned,
@@ -235,3 +278,20 @@ class Table:
         self._length[slot] += n
         sampled.append((slot, tokens[lane, :n].tolist(), logp[lane, :n].tolist()))
     return sampled
+
+
+def _pieces(
+  begins: Mapping[int, int], ends: Mapping[int, int], shape: tuple[int, int]
+) -> Iterator[list[tuple[int, int, int]]]:
+  """(slot, begin, end) of each call, until every slot has come from begin to end."""
+  R, T = shape
+  at = dict(begins)
+  while at:
+    pieces = [(s, at[s], min(at[s] + T, ends[s])) for s in list(at)[:R]]
+    yield pieces
+    at |= {s: end for s, _, end in pieces}
+    at = {s: begin for s, begin in at.items() if begin < ends[s]}
+
+
+def _view(views: Sequence[int], pieces: Sequence[tuple[int, int, int]]) -> int:
+  return next(v for v in views if v >= max(end for _, _, end in pieces))

@@ -1,0 +1,349 @@
+"""Whole runs as 1, 2 and 4 processes of four devices in all: the same losses.
+
+A host reads its own shards only, may take long over its rollouts, is told to leave and
+is killed; the run goes on with as many hosts as there are then.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from pixel_jax import parallel, trajectory
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+DEVICES = 4
+SHARDS = 4
+SFT = ("train_sft", "configs/sft.py:tiny,base")
+RL = ("train_rl", "configs/rl.py:tiny")
+SMALL = {"mesh.data": -1, "data.shards": SHARDS, "optim.warmup_steps": 1}
+SMALL_SFT = SMALL | {
+  "total_steps": 6,
+  "save_every": 1,
+  "eval_every": 3,
+  "eval.batches": 1,
+  "data.rows": 8,
+}
+SMALL_RL = SMALL | {
+  "total_steps": 3,
+  "save_every": 1,
+  "eval_every": 2,
+  "eval.tasks": 6,  # so that shards have one or two
+  "keep_trajectories_every": 1,
+  "rl.prompts_per_step": 4,
+  "rl.group_size": 4,
+  "rl.rows": 4,
+  "rl.minibatches": 2,
+  "engine.slots": 4,
+  "engine.extend_rows": 4,
+  "engine.views": "()",
+  "rollout.fixed_batch": True,
+  "rollout.max_turns": 2,
+}
+
+# A program of the run that notes what its process reads, may sleep over its first
+# rollouts, and judges by a hash: a policy of a few steps is never right.
+CHILD = """
+import importlib, os, pathlib, sys, time, zlib
+rank = os.environ.get("JAX_PROCESS_ID", "0")
+sys.modules["torch"] = None  # which TensorBoard's writer would import, two seconds
+notes = pathlib.Path(os.environ["NOTES"]) / rank
+notes.mkdir(parents=True, exist_ok=True)
+(notes / "pid").write_text(str(os.getpid()))
+from pixel_jax import start
+from pixel_jax.data import sources
+from pixel_jax.evals import common
+from pixel_jax.rollout import engine
+
+def note(name, what):
+  with (notes / name).open("a") as file:
+    file.write(what + "\\n")
+
+item, load, play = sources.World.__getitem__, sources.World.load_media, engine.Engine.run
+
+def noted_item(self, i):
+  note("records", f"{self.split} {i}")
+  return item(self, i)
+
+def noted_load(self, media):
+  note("media", media.path)
+  return load(self, media)
+
+def late(self, *args, **kwargs):
+  if rank == "1" and not (notes / "slept").exists():
+    note("slept", "")
+    time.sleep(float(os.environ.get("SLEEP", "0")))
+  if "force" not in kwargs:  # in training: so that there are operations, if bad ones
+    kwargs["force"] = "operate"
+  return play(self, *args, **kwargs)
+
+sources.World.__getitem__, sources.World.load_media = noted_item, noted_load
+engine.Engine.run = late
+common.judge = lambda t: float(zlib.crc32(bytes(str(t.ids), "ascii")) % 2)
+start.run(importlib.import_module("pixel_jax." + sys.argv.pop(1)).main)
+"""
+
+
+def launch(count, entry, workdir, config, flags="", **env):
+  """`count` processes by the launcher, of as many devices as are left to each."""
+  module, file = entry
+  command = [
+    sys.executable, "launch/processes.py", str(count), f"{workdir}/logs",
+    sys.executable, "-c", CHILD, module, f"--config={file}", f"--workdir={workdir}",
+    *(f"--config.{k}={v}" for k, v in config.items()),
+  ]  # fmt: skip
+  # Unoptimized code: what is compared is as exact, and compiles in half the time.
+  flags += (
+    f" --xla_force_host_platform_device_count={DEVICES // count}"
+    " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  )
+  env = {"JAX_PLATFORMS": "cpu", "NOTES": f"{workdir}/notes{count}"} | env
+  return subprocess.Popen(
+    command, cwd=ROOT, env=os.environ | env | {"XLA_FLAGS": flags}, text=True,
+    stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+  )  # fmt: skip
+
+
+def run(*args, **env):
+  process = launch(*args, **env)
+  out, _ = process.communicate(timeout=600)
+  assert process.returncode == 0, out
+  assert f"done: {args[3]['total_steps']} steps" in out  # of process 0, once
+  assert out.count("done: ") == 1
+  return out
+
+
+def wait_for(workdir, step, process):
+  file = workdir / "metrics.jsonl"
+  until = time.monotonic() + 600
+  while not (file.exists() and file.read_bytes().count(b"\n") >= step):
+    assert process.poll() is None, process.communicate()[0]
+    assert time.monotonic() < until
+    time.sleep(0.02)
+
+
+def read_metrics(workdir):
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows]
+
+
+def assert_close(ours, theirs):
+  """Everything that is logged, to a relative 1e-5."""
+  assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+  for a, b in zip(ours, theirs):
+    assert a.keys() == b.keys()
+    for k in a:
+      # A difference between log-probs of sampler and trainer is nothing but rounding.
+      noise = 1e-5 if k.startswith("agreement/") else 1e-8
+      assert a[k] == pytest.approx(b[k], rel=1e-5, abs=noise), k
+
+
+def read_notes(workdir, count, name):
+  """What each process of a run read."""
+  files = [workdir / f"notes{count}" / str(rank) / name for rank in range(count)]
+  return [collections.Counter(file.read_text().splitlines()) for file in files]
+
+
+def assert_own_shards_only(workdir, count):
+  for rank, read in enumerate(read_notes(workdir, count, "records")):
+    first, each = rank * SHARDS // count, SHARDS // count
+    shards = {int(line.split()[1]) % SHARDS for line in read}
+    assert shards == set(range(first, first + each)), rank
+  media = [set(read) for read in read_notes(workdir, count, "media")]
+  assert all(media) and sum(map(len, media)) == len(set().union(*media))
+
+
+@pytest.fixture(scope="module")
+def sft(tmp_path_factory):
+  """One process of four devices."""
+  workdir = tmp_path_factory.mktemp("hosts") / "sft"
+  run(1, SFT, workdir, SMALL_SFT)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def sft_two(sft):
+  """Two processes of two devices."""
+  workdir = sft.parent / "sft_two"
+  run(2, SFT, workdir, SMALL_SFT)
+  return workdir
+
+
+@pytest.mark.slow
+def test_sft_of_two_processes(sft, sft_two):
+  assert_close(read_metrics(sft_two), read_metrics(sft))
+  assert_own_shards_only(sft_two, 2)
+  # What is read ahead of the last step may differ.
+  alone = read_notes(sft, 1, "media")[0]
+  assert set().union(*read_notes(sft_two, 2, "media")) & alone.keys()
+  assert (sft_two / "logs" / "process_1.log").exists()
+
+
+@pytest.mark.slow
+def test_sft_told_to_leave_then_killed_goes_on_with_four_processes(
+  sft, sft_two, tmp_path
+):
+  workdir = tmp_path / "run"
+  process = launch(2, SFT, workdir, SMALL_SFT)
+  wait_for(workdir, 1, process)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
+  saved = len(read_metrics(workdir))
+  assert (workdir / "checkpoints" / str(saved)).is_dir() and saved < 5
+
+  process = launch(2, SFT, workdir, SMALL_SFT)
+  wait_for(workdir, saved + 1, process)
+  killed = time.monotonic()
+  os.kill(int((workdir / "notes2" / "1" / "pid").read_text()), signal.SIGKILL)
+  out, _ = process.communicate(timeout=120)
+  assert time.monotonic() - killed < 60 and process.returncode == 128 + 9, out
+  assert "process 1 of 2 was killed by SIGKILL" in out
+  assert "process_1.log" in out and "goes on from the last checkpoint" in out
+  left = int((workdir / "notes2" / "0" / "pid").read_text())
+  with pytest.raises(ProcessLookupError):
+    os.kill(left, 0)
+  kept = read_metrics(workdir)  # in two processes throughout: bit for bit
+  assert len(kept) > saved and kept == read_metrics(sft_two)[: len(kept)]
+
+  run(4, SFT, workdir, SMALL_SFT)
+  assert_close(read_metrics(workdir), read_metrics(sft))
+  assert_own_shards_only(workdir, 4)
+
+
+@pytest.fixture(scope="module")
+def rl(sft):
+  """One process with four engines."""
+  workdir = sft.parent / "rl"
+  run(1, RL, workdir, SMALL_RL | {"init": sft})
+  return workdir
+
+
+def played(workdir, step):
+  """(task, sample) -> ids and reward; of all hosts."""
+  rows = {}
+  for file in sorted((workdir / "trajectories").glob(f"step_{step:06d}*.jsonl")):
+    for t in trajectory.read_jsonl(file):
+      assert (t.task.id, t.sample) not in rows
+      rows[t.task.id, t.sample] = t.ids, t.reward
+  return rows
+
+
+@pytest.mark.slow
+def test_rl_of_two_uneven_processes_goes_on_with_four(sft, rl, tmp_path):
+  """Host 1 sleeps over its first rollouts for longer than a collective may take."""
+  workdir, config = tmp_path / "run", SMALL_RL | {"init": sft}
+  process = launch(
+    2, RL, workdir, config, "--xla_cpu_collective_timeout_seconds=20", SLEEP="25"
+  )
+  wait_for(workdir, 1, process)
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=120)
+  assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
+  assert (workdir / "notes2" / "1" / "slept").exists()
+  assert_own_shards_only(workdir, 2)
+  names = [p.name for p in sorted((workdir / "trajectories").glob("step_000001*"))]
+  assert names == ["step_000001.000.jsonl", "step_000001.001.jsonl"]
+
+  run(4, RL, workdir, config)
+  ours = read_metrics(workdir)
+  assert_close(ours, read_metrics(rl))
+  assert not any(r["optim/skipped"] for r in ours)
+  assert all(np.isfinite(r["loss"]) and r["optim/grad_norm"] > 0 for r in ours)
+  assert all(r["ops/per_rollout"] >= 1 and r["ops/error_rate"] > 0 for r in ours)
+  for step in (1, 2, 3):
+    assert played(workdir, step) == played(rl, step)
+    assert len(played(rl, step)) == 4 * 4
+  assert_own_shards_only(workdir, 4)
+
+
+# ---- Small programs ------------------------------------------------------------------
+
+WAITER = """
+import os, sys
+from pixel_jax import parallel
+parallel.LOST = int(sys.argv[1])
+parallel.initialize()
+import jax
+jax.devices()
+parallel.barrier("begun")
+print("waits", flush=True)
+if jax.process_index() == 0:
+  parallel.barrier("forever")
+import time
+time.sleep(600)
+"""
+
+
+def test_a_process_that_dies_stops_those_that_wait_for_it(tmp_path):
+  """Without a launcher, as on a pod; only the heartbeat is made shorter."""
+  assert parallel.LOST <= 30
+  port = free_port()
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+    "JAX_NUM_PROCESSES": "2",
+  }  # fmt: skip
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", WAITER, "4"], cwd=ROOT, env=env | {"JAX_PROCESS_ID": str(r)},
+      stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )
+    for r in range(2)
+  ]  # fmt: skip
+  try:
+    for child in children:
+      lines = iter(child.stdout.readline, "")
+      assert any("waits" in line for line in lines)
+    children[1].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    children[0].communicate(timeout=60)
+    assert children[0].returncode != 0 and time.monotonic() - killed < 60
+  finally:
+    for child in children:
+      child.kill()
+
+
+def free_port():
+  import socket
+
+  with socket.socket() as s:
+    s.bind(("127.0.0.1", 0))
+    return s.getsockname()[1]
+
+
+def launcher(tmp_path, count, code):
+  return subprocess.run(
+    [
+      sys.executable, "launch/processes.py", str(count), f"{tmp_path}/logs",
+      sys.executable, "-c", code,
+    ],
+    cwd=ROOT, capture_output=True, text=True, timeout=60,
+  )  # fmt: skip
+
+
+def test_the_launcher_tells_which_failed_and_stops_the_others(tmp_path):
+  code = (
+    "import os, time; r = os.environ['JAX_PROCESS_ID']\n"
+    "print('I am', r, 'of', os.environ['JAX_NUM_PROCESSES'], flush=True)\n"
+    "if r == '2': raise SystemExit('the disk is full')\n"
+    "time.sleep(60)"
+  )
+  ran = launcher(tmp_path, 3, code)
+  assert ran.returncode == 1
+  assert "process 2 of 3 ended with 1 after" in ran.stderr
+  assert "the disk is full" in ran.stderr and "I am 0 of 3" in ran.stdout
+  assert "I am 1 of 3" in (tmp_path / "logs" / "process_1.log").read_text()
+
+
+def test_the_launcher_of_one_process_and_of_none(tmp_path):
+  ran = launcher(tmp_path, 1, "import os; assert 'JAX_PROCESS_ID' not in os.environ")
+  assert ran.returncode == 0, ran.stderr
+  assert "1 or more" in launcher(tmp_path, 0, "").stderr

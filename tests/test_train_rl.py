@@ -1,0 +1,110 @@
+"""RL from data of every layout by one config line; pictures are decoded once."""
+
+import collections
+import importlib
+import json
+
+import layouts
+import ml_collections
+import numpy as np
+import pytest
+
+from pixel_jax import train_rl, trajectory
+from pixel_jax.evals import common
+from pixel_jax.pixels import image
+
+pytestmark = pytest.mark.slow  # the programs are compiled once for all
+
+
+@pytest.fixture(scope="module")
+def rl():
+  """The tiny config on foreign data: every URI is the same programs."""
+  config = importlib.import_module("configs.rl").get_config("tiny")
+  config.total_steps = config.eval_every = config.save_every = 1
+  config.keep_trajectories_every, config.optim.warmup_steps = 1, 0
+  config.data.shards, config.eval.tasks = 2, 3
+  config.rl.update(prompts_per_step=4, group_size=4, rows=4, tokens=256, patches=512)
+  config.rollout.update(max_turns=2, max_new_tokens=4)
+  config.engine.update(
+    slots=16, max_prompt=192, max_len=256, prompt_len=192, extend_rows=4
+  )
+  return config
+
+
+@pytest.fixture
+def run(rl, tmp_path_factory, monkeypatch):
+  """Runs on a URI; a policy that knows nothing is rewarded for something."""
+  monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+
+  def start(root, uri, name, eval_uri="", steps=1, **data):
+    config = ml_collections.ConfigDict(rl.to_dict())
+    config.total_steps = config.save_every = steps
+    config.data.update(root=str(root), uri=uri, **data)
+    config.eval.uri = eval_uri or uri
+    workdir = tmp_path_factory.getbasetemp() / "runs" / name
+    train_rl.main(config, workdir)
+    text = (workdir / "metrics.jsonl").read_text()
+    played = [
+      t
+      for file in sorted((workdir / "trajectories").iterdir())
+      for t in trajectory.read_jsonl(file)
+    ]
+    assert len(played) == 16 * steps
+    return [json.loads(line) for line in text.splitlines()], played
+
+  return start
+
+
+@pytest.mark.parametrize("layout", layouts.QUESTIONS)
+def test_rl_runs_from_every_source_by_one_line(layout, run, tmp_path):
+  ((line,), played) = run(tmp_path, layout(tmp_path, 8), layout.__name__)
+  assert np.isfinite([line["loss"], line["eval/accuracy"]]).all()
+  assert line["optim/skipped"] == 0 and line["optim/grad_norm"] > 0
+  assert line["agreement/logp_diff_max"] < 1e-3
+  assert line["data/records"] == 4 and line["data/bad_records"] == 0
+  assert len({t.task.id for t in played}) == 4
+
+
+def test_a_step_decodes_the_pictures_of_its_questions_once(run, tmp_path, monkeypatch):
+  """They are looked at before they are asked, for filters and what is broken."""
+  for folder in ("train", "val"):
+    (tmp_path / folder).mkdir()
+    rows = [
+      {**layouts.task(i), "media": [{"kind": "image", "path": f"{folder}/{i}.png"}]}
+      for i in range(32)
+    ]
+    for i in range(32):
+      layouts.picture(i % 4).save(tmp_path / f"{folder}/{i}.png")
+    (tmp_path / f"{folder}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  decoded, load_image = collections.Counter(), image.load_image
+
+  def counted(path):
+    decoded[path.relative_to(tmp_path).as_posix()] += 1
+    return load_image(path)
+
+  monkeypatch.setattr(image, "load_image", counted)
+  filter = dict(min_tokens=1, max_tokens=0, min_pixels=1, max_pixels=0)
+  uris = ("jsonl:train.jsonl", "decoded", "jsonl:val.jsonl")
+  _, played = run(tmp_path, *uris, steps=2, filter=filter)
+  asked = {t.task.media[0].path for t in played}
+  assert len(asked) == 8  # of two steps, a group of four rollouts each
+  train = {k: n for k, n in decoded.items() if k.startswith("train/")}
+  assert asked <= train.keys() and set(train.values()) == {1}
+  # Those held out: once when they are chosen, once for each evaluation.
+  val = {k: n for k, n in decoded.items() if k.startswith("val/")}
+  assert list(val.values()) == [3, 3, 3]
+
+
+def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
+  """Questions with pictures and without, some of them bad: the config says how many."""
+  few = layouts.text_only(tmp_path, 4)
+  uri = f"{layouts.pixel_reasoner_rl(tmp_path, 9)},{few}"
+  with (tmp_path / "text.jsonl").open("a") as f:
+    f.write('{"question": "And what is this?", "answer": ""}\n' * 6)
+  filter = dict(min_tokens=0, max_tokens=0, min_pixels=0, max_pixels=50 * 64)
+  share = dict(weights=(0.5, 0.5), max_bad_share=0.9, filter=filter)
+  lines, played = run(tmp_path, uri, "mixture", eval_uri=few, steps=3, **share)
+  kinds = collections.Counter(len(t.task.media) for t in played)
+  assert kinds[0] and kinds[1]
+  assert lines[-1]["data/bad_records"] > 0 and lines[-1]["data/left_out"] > 0
+  assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
