@@ -49,7 +49,9 @@ LARGEST = flags.DEFINE_bool(
   "largest", False, "Of programs that differ in their bucket only the largest."
 )
 PLAN = flags.DEFINE_bool("plan", False, "Estimates a step of RL; compiles nothing.")
-JSON = flags.DEFINE_string("json", None, "Where the figures go.")
+JSON = flags.DEFINE_string(
+  "json", None, "Where the figures go; of the same run, those of other programs stay."
+)
 EFFORT = flags.DEFINE_float(
   "effort", 0.0, "jax_exec_time_optimization_effort: -1 takes half the time to compile."
 )
@@ -133,9 +135,20 @@ def main(config):
     if not row["fits"]:
       print(f"{row['name']} does not fit: {row['remedy']}")
   if JSON.value:
+    report["programs"] = kept(pathlib.Path(JSON.value), report) + rows
     pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
     print(f"in {JSON.value}: all figures")
   sys.exit(int(bool(refused) or not all(row["fits"] for row in rows)))
+
+
+def kept(file: pathlib.Path, report: dict) -> list[dict]:
+  """What `file` knows of other programs of this run: they may have taken an hour."""
+  old = json.loads(file.read_text()) if file.exists() else {}
+  same = ("topology", "slices", "versions", "effort", "config")
+  if any(old.get(k) != report[k] for k in same):
+    return []
+  names = {r["name"] for r in report["programs"]}
+  return [r for r in old["programs"] if r["name"] not in names]
 
 
 def choose_topology(config) -> str:

@@ -168,6 +168,10 @@ def _write(
   rows: Int[Array, " R"],
   slot: Int[Array, "R T"],
 ) -> Float[Array, "L B K S H"]:
-  """cache[layer, rows[r], :, slot[r, t]] = new[r, :, t], in place under jit."""
-  new = jnp.swapaxes(new, 1, 2).astype(cache.dtype)  # R T K H
-  return cache.at[layer, rows[:, None], :, slot].set(new, mode="drop")
+  """cache[layer, rows[r], :, slot[r, t]] = new[r, :, t], in place under jit.
+
+  Heads have an index of their own: scattered together, a TPU would lay out the whole
+  cache anew so that they are adjacent, twice a call.
+  """
+  at = layer, rows[:, None, None], jnp.arange(new.shape[1])[:, None], slot[:, None]
+  return cache.at[at].set(new.astype(cache.dtype), mode="drop")
