@@ -449,11 +449,6 @@ def to_engines(
   return [_local(params, list(row)) for row in mine]
 
 
-def engine_params(params: dict) -> dict:
-  """`to_engines` for one engine of one device: whole weights on this host's first."""
-  return to_engines(params)[0]
-
-
 def resharder(
   mesh: Mesh,
   params: dict,

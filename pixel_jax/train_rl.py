@@ -133,15 +133,10 @@ def main(config, workdir):
       asked = next(questions)
     with writer.timer("rollout"):
       groups = rollouts.run(
-        rollouts.sync(state["params"]),
-        asked.tasks,
-        seed=config.seed,
-        step=step,
-        group_size=config.rl.group_size,
-        load_media=asked.load_media,
-        stop=notice.given,
-        **config.rollout,
-      )
+        rollouts.sync(state["params"]), asked.tasks, seed=config.seed, step=step,
+        group_size=config.rl.group_size, load_media=asked.load_media,
+        stop=notice.given, **config.rollout,
+      )  # fmt: skip
       if notice.agreed():  # the step is given up: the next start begins it anew
         questions.set_state(unread)
         break

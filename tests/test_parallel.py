@@ -204,7 +204,7 @@ def test_engines_get_local_weights_with_the_same_values():
     jax.tree.map(np.testing.assert_array_equal, engine, tree)
   low = parallel.to_engines(params, prepare=narrow)
   assert len(low) == 8 and low[3]["q"].dtype == jnp.bfloat16
-  one = parallel.engine_params(params)
+  one = parallel.to_engines(params)[0]
   assert one["q"].devices() == {parallel.devices()[0]}
   with pytest.raises(ValueError, match="do not fill a host"):
     parallel.to_engines(params, axes, tensor=3)
@@ -216,7 +216,7 @@ def narrow(params):
 
 def test_one_device_is_not_copied():
   params = {"w": jnp.ones(3)}
-  assert parallel.engine_params(params) is params
+  assert parallel.to_engines(params)[0] is params
 
 
 # ---- Two processes -------------------------------------------------------------------

@@ -238,7 +238,7 @@ class Local:
       # The key of its sampling is the task's id: of the request, not of its place.
       tasks.append(Task(f"{r.key('')}", f"{r.system}\n\n{r.text}", "-", media))
     groups = self.engine.run(
-      parallel.engine_params(self.policy.params),
+      parallel.to_engines(self.policy.params)[0],
       tasks,
       seed=0,
       step=0,

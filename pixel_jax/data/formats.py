@@ -43,14 +43,8 @@ CROP = tools.OPERATIONS[0]
 CROPS = (CROP, "crop_image", "zoom_in", "image_zoom_in_tool")
 ROLES = {
   "system": "system",
-  "user": "user",
-  "human": "user",
-  "assistant": "assistant",
-  "gpt": "assistant",
-  "function_call": "assistant",
-  "tool": "user",
-  "observation": "user",
-  "function": "user",
+  **dict.fromkeys(("user", "human", "tool", "observation", "function"), "user"),
+  **dict.fromkeys(("assistant", "gpt", "function_call"), "assistant"),
 }
 HINTS = re.compile(
   r"(?:Guidelines: Understand the given visual information.*"
