@@ -1,8 +1,9 @@
 """What a run takes over from the machines it is made for: `sft.py:7b,v5p:4x4x4`.
 
 A preset exists where it fits: by tools/compile_check.py where docs/pods.md has a figure,
-by its formulas where not.  It changes how a run is laid out: batch, memory, engines; how it learns stays
-that of the size, but for the rows of a batch, of which every device wants some.
+by its formulas where not.  It changes how a run is laid out: batch, memory, engines; how
+it learns stays that of the size, but for the rows of a batch, of which every device wants
+some.
 """
 
 import dataclasses
