@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -222,3 +223,45 @@ def test_a_killed_run_goes_on_in_the_bucket(storage, tmp_path):
   )  # fmt: skip
   assert (tmp_path / "next/tokenizer/tokenizer.json").exists()
   assert policy.source == "gs://runs/sft"
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_bucket(storage, tmp_path):
+  """RL: each its own trajectories, process 0 the rest; one process goes on."""
+  flags = {
+    "total_steps": 1, "save_every": 1, "eval_every": 2, "eval.tasks": 4,
+    "keep_trajectories_every": 1, "rl.prompts_per_step": 4, "rl.group_size": 2,
+    "rl.rows": 4, "mesh.data": -1, "engine.slots": 8, "optim.warmup_steps": 1,
+  }  # fmt: skip
+
+  def begin(hosts, host, steps):
+    env = os.environ | {
+      "TMPDIR": str(tmp_path),
+      "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // hosts}",
+    }
+    if hosts > 1:
+      where = f"localhost:{port}"
+      env |= {"JAX_COORDINATOR_ADDRESS": where, "JAX_NUM_PROCESSES": str(hosts),
+              "JAX_PROCESS_ID": str(host)}  # fmt: skip
+    told = [f"--config.{k}={v}" for k, v in (flags | {"total_steps": steps}).items()]
+    return subprocess.Popen(
+      [sys.executable, "-m", "pixel_jax.train_rl", "--config=configs/rl.py:tiny",
+       "--workdir=gs://runs/rl", *told],
+      cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env,
+    )  # fmt: skip
+
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  processes = [begin(2, host, 1) for host in range(2)]
+  said = [p.communicate(timeout=900)[0] for p in processes]
+  assert [p.returncode for p in processes] == [0, 0], "\n".join(said)
+  names = {n.removeprefix("rl/") for n in storage.names("gs://runs/rl/")}
+  played = {n for n in names if n.startswith("trajectories/")}
+  assert played == {f"trajectories/step_000001.00{host}.jsonl" for host in range(2)}
+  assert {"config.json", "metrics.jsonl", "tokenizer/tokenizer.json"} <= names
+  process = begin(1, 0, 2)
+  said, _ = process.communicate(timeout=900)
+  assert process.returncode == 0, said
+  lines = storage.read("gs://runs/rl/metrics.jsonl").decode().splitlines()
+  assert [json.loads(line)["step"] for line in lines] == [1, 2]
