@@ -247,7 +247,9 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   prompt = rollouts.mean(lambda turns: turns[0].patches)
   later = rollouts.mean(lambda turns: sum(t.patches for t in turns[1:]))
   patches = groups * prompt + played * later
-  one = compile_cost.encode(c, weights=tower, patches=e.patches, largest=largest)
+  one = compile_cost.encode(
+    c, tensor=tensor, weights=tower, patches=e.patches, largest=largest
+  )
   vision = Phase(patches / e.patches * seconds(one))
 
   # ---- Prefill: padded to rows x length; the view is the smallest that holds it ----
