@@ -65,8 +65,8 @@ def test_every_program_of_a_run_is_found():
   names = [p.name for p in rollout]
   assert len(set(names)) == len(names)
   e = run.config.engine
-  own = e.max_len - e.max_prompt
-  views = sum(len({n, *(v for v in e.views if v < n)}) for n in (e.max_prompt, own))
+  longest = e.max_prompt, max(e.max_prompt, e.max_len - e.max_prompt)
+  views = sum(len({n, *(v for v in e.views if v < n)}) for n in longest)
   lanes = len({e.slots, e.slots // 2, e.slots // 4})
   sizes = len(compile_engine.pictures.row_sizes(e.patches))
   once = {"reshard", "open", "move", "place"}

@@ -108,7 +108,7 @@ def test_decoding_reads_weights_and_cache(config, model):
   got = plan(config, model, "1:1000.0/200")["decode"]
   steps = 200 / compile_plan.ASSUMED["occupancy"]
   live = 64 * compile_plan.ASSUMED["occupancy"]
-  each = (14.14e9 + live * 1100 * 57_344) / HBM
+  each = (14.14e9 + (live * 100 + 8 * 1000) * 57_344) / HBM  # a prompt once a group
   assert got.compute == pytest.approx(steps * each, rel=2e-3)
   # Where few rollouts are left to an engine the longest decides.
   got = plan(config, model, "99:1000.0/200,1:1000.0/5000", chips=4096)["decode"]
@@ -124,7 +124,7 @@ def test_a_prompt_is_computed_once_a_group(config, model):
 
 def test_later_turns_are_padded_to_rows_of_the_engine(config, model):
   two = plan(config, model, "1:1000.0/100+500.0/100")["extend"]
-  token = 2 * 6.525e9 + 28 * 4 * 3584 * (2048 / 2)
+  token = 2 * 6.525e9 + 28 * 4 * 3584 * (2 * 2048 - 2048 / 2)  # of both segments
   used = compile_plan.ASSUMED["calls"]
   assert two.compute == pytest.approx(64 * 2048 * token / FLOPS / used, rel=2e-3)
   assert plan(config, model, "1:1000.0/200")["extend"].compute == 0

@@ -156,7 +156,7 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     for view in views:
       cost = compile_cost.extend(
         model, tensor=tensor, weights=text, rows=R, tokens=min(T, view),
-        view=before + view,
+        view=min(view, before) + view,
       )  # fmt: skip
       yield Program(
         f"{name} {R} x {T} to {view}",

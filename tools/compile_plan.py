@@ -253,28 +253,41 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   vision = Phase(patches / e.patches * seconds(one))
 
   # ---- Prefill: padded to rows x length; the view is the smallest that holds it ----
-  def prefill(kind: str, fed: Sequence[tuple[float, int, int]], used: float) -> float:
-    """fed: (how often, tokens, context at the end)."""
+  most = max(e.max_prompt, e.max_len - e.max_prompt)
+
+  def prefill(
+    kind: str,
+    fed: Sequence[tuple[float, int, int]],
+    used: float,
+    before: int,
+    most: int,
+  ) -> float:
+    """fed: (how often, tokens, reach into the longer segment of the cache)."""
     limit = e[f"{kind}_len"]
     rows = e.get(f"{kind}_rows") or max(1, min(engine.TOKENS // limit, e.slots // 8))
     total = 0.0
     for often, tokens, context in fed:
-      view = min((v for v in (*e.views, e.max_len) if v >= context), default=e.max_len)
+      view = min((v for v in (*e.views, most) if most >= v >= context), default=most)
       cost = compile_cost.extend(
-        c, tensor=tensor, weights=text, rows=rows, tokens=min(limit, view), view=view
-      )
+        c, tensor=tensor, weights=text, rows=rows, tokens=min(limit, view),
+        view=min(view, before) + view,
+      )  # fmt: skip
       total += often * -(-tokens // limit) / (rows * used) * seconds(cost)
     return total
 
   first = [(share * groups, t[0].fed, t[0].fed) for share, t in rollouts.kinds]
   more = [
-    (share * played, turn.fed, length(turns[:i]) + turn.fed)
+    (
+      share * played,
+      turn.fed,
+      max(turns[0].fed, length(turns[:i]) + turn.fed - turns[0].fed),
+    )
     for share, turns in rollouts.kinds
     for i, turn in enumerate(turns)
     if i and turn.fed
   ]
-  prompts = Phase(prefill("prompt", first, 1.0))
-  extend = Phase(prefill("extend", more, ASSUMED["calls"]))
+  prompts = Phase(prefill("prompt", first, 1.0, 0, e.max_prompt))
+  extend = Phase(prefill("extend", more, ASSUMED["calls"], e.max_prompt, most))
 
   # ---- Decode: a step gives every live lane a token; the longest rollout is a floor ----
   sampled = rollouts.mean(lambda turns: sum(t.sampled for t in turns))
@@ -286,8 +299,11 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   )
   live = played * sampled / steps  # lanes that say something, on average
   view = contexts / max(sampled, 1) * live / lanes
+  shared = rollouts.mean(lambda turns: turns[0].fed)  # read once a row of prompts
+  rows = min(e.slots, -(-3 * e.slots // G), groups)  # as Engine has them
+  read = lanes * view - live * shared + rows * shared
   cost = compile_cost.decode(
-    c, tensor=tensor, weights=text, lanes=lanes, view=view, steps=1
+    c, tensor=tensor, weights=text, lanes=lanes, view=view, read=read, steps=1
   )
   decode = Phase(steps * seconds(cost))
   names = ("reshard", "vision", "prefill", "extend", "decode")

@@ -238,7 +238,7 @@ def extend(
     features: what vision_index points to, row-local; None = text only.
     rows: distinct rows of the cache; None = the first R.  An index >= B is padding and
       is dropped.
-    prompts: what the rows of the cache go on from; seen whole.
+    prompts: what the rows of the cache go on from; `view` holds for both.
     view: attend to the first `view` slots only (static; length + count must fit in it);
       a decoding step reads as far as its longest row anyway.
   """

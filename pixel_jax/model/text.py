@@ -132,14 +132,16 @@ class Text(nnx.Module):
         k, v = (c[i, at, :, :view] for c in (k_cache, v_cache))
         heads = attention(q, k, v, slot_q=slot, causal=True)
       else:
-        k = jnp.concatenate([prompts.k[i, row], k_cache[i, at, :, :view]], axis=2)
-        v = jnp.concatenate([prompts.v[i, row], v_cache[i, at, :, :view]], axis=2)
-        first = jnp.arange(prompts.k.shape[3])
+        first = jnp.arange(min(view, prompts.k.shape[3]))
         first = jnp.where(first < before[:, None], first, NOWHERE)
-        slot_k = [first, before[:, None] + jnp.arange(view)]
+        own = before[:, None] + jnp.arange(min(view, S))
+        k, v = (
+          jnp.concatenate([p[i, row, :, :view], c[i, at, :, :view]], axis=2)
+          for p, c in ((prompts.k, k_cache), (prompts.v, v_cache))
+        )
         heads = attention(
-          q, k, v, slot_q=before[:, None] + slot, slot_k=jnp.concatenate(slot_k, axis=1),
-          causal=True,
+          q, k, v, slot_q=before[:, None] + slot,
+          slot_k=jnp.concatenate([first, own], axis=1), causal=True,
         )  # fmt: skip
       return block.close(x, heads), k_cache, v_cache
 

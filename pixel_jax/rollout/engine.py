@@ -127,8 +127,9 @@ class Engine:
     self.max_prompt, self.max_own = max_prompt, max_len - max_prompt
     self.chunk, self.delay, self.lag, self.workers = chunk, delay, lag, workers
     self.views = tuple(
-      sorted({min(v, n) for v in views or ()} | {n}) for n in (max_prompt, self.max_own)
-    )  # of prompts, and of what follows them
+      sorted({min(v, n) for v in views or ()} | {n})
+      for n in (max_prompt, max(max_prompt, self.max_own))
+    )  # of prompts; of either segment where turns follow
     self.lanes = sorted({max(1, slots // n) for n in (1, 2, 4)})
 
     def rows(given, length):

@@ -100,7 +100,7 @@ class Table:
       turns = self._turns(pieces, shape, self._row, {s: 0 for s in slots})
       self._prompts = self._programs.extend(
         self._params, self._prompts, turns, self.bank.features,
-        view=_view(self._views[0], pieces),
+        view=_view(self._views[0], max(end for _, _, end in pieces)),
       )  # fmt: skip
 
   def start(self, slots: Sequence[int]) -> None:
@@ -146,11 +146,12 @@ class Table:
     before = {s: int(self._before[self._row[s]]) for s in slots}
     begins = {s: before[s] + int(self._length[s]) for s in slots}
     for pieces in _pieces(begins, self._ends(slots), shape):
-      own = [(s, begin - before[s], end - before[s]) for s, begin, end in pieces]
       turns = self._turns(pieces, shape, range(len(self.episodes)), before)
       self._cache = self._programs.extend(
         self._params, self._cache, turns, self.bank.features, self._shared,
-        view=_view(self._views[1], own),
+        view=_view(
+          self._views[1], max(max(before[s], end - before[s]) for s, _, end in pieces)
+        ),
       )  # fmt: skip
     for slot in slots:
       self._go_on_from(slot)
@@ -293,5 +294,5 @@ def _pieces(
     at = {s: begin for s, begin in at.items() if begin < ends[s]}
 
 
-def _view(views: Sequence[int], pieces: Sequence[tuple[int, int, int]]) -> int:
-  return next(v for v in views if v >= max(end for _, _, end in pieces))
+def _view(views: Sequence[int], reach: int) -> int:
+  return next(v for v in views if v >= reach)
