@@ -120,10 +120,8 @@ def check_task(task: Task) -> None:
 
 
 def _task(record) -> Task:
-  missing, unknown = (
-    [k for k in NEEDED if k not in record],
-    sorted(set(record) - FIELDS),
-  )
+  missing = [k for k in NEEDED if k not in record]
+  unknown = sorted(set(record) - FIELDS)
   if missing or unknown:
     raise BadRecord(
       f"a task needs {', '.join(NEEDED)}; missing {missing}, unknown {unknown}"
@@ -276,17 +274,10 @@ def _messages(record, name) -> Trajectory:
   key = "messages"
   messages = record.get(key)
   if messages is None:
-    key = "prompt"
-    sides = (("prompt", "user"), ("completion", "assistant"))
-    messages = [
-      m
-      for k, role in sides
-      for m in (
-        record[k]
-        if isinstance(record[k], list)
-        else [{"role": role, "content": record[k]}]
-      )
-    ]
+    key, messages = "prompt", []
+    for side, role in (("prompt", "user"), ("completion", "assistant")):
+      said = record[side]
+      messages += said if isinstance(said, list) else [{"role": role, "content": said}]
   return _told(_id(record, name), _with_column(messages, record, name, f"{name}/{key}"))
 
 
