@@ -109,10 +109,12 @@ def _head(reports: list[dict]) -> str:
     return "\nNothing was compiled yet."
   dates = sorted(r["date"][:10] for r in reports)
   versions = sorted({f"{k} {v}" for r in reports for k, v in r["versions"].items()})
-  fast = sum(r["effort"] < 0 for r in reports)
+  refused = sum("refused" in r for r in reports)
+  fast = sum(r["effort"] < 0 for r in reports if "refused" not in r)
   return (
-    f"\n{len(reports)} of {len(list(cells()))} cells were compiled, {dates[0]} to "
-    f"{dates[-1]}, with {', '.join(versions)}; {fast} of them with --effort=-1 (*)."
+    f"\nOf {len(list(cells()))} cells {len(reports) - refused} were compiled and "
+    f"{refused} refused before, by formula, {dates[0]} to {dates[-1]}, with "
+    f"{', '.join(versions)}; {fast} were compiled with --effort=-1 (*)."
   )
 
 
