@@ -1,8 +1,9 @@
 """What a run takes over from the machines it is made for: `sft.py:7b,v5p:4x4x4`.
 
-A preset exists where tools/compile_check.py found that it fits (docs/pods.md has what
-it said).  It changes how a run is laid out: batch, memory, engines; how it learns stays
-that of the size, but for the rows of a batch, of which every device wants some.
+docs/pods.md says which presets tools/compile_check.py has compiled and what it found; the
+others fit by formula.  A preset changes how a run is laid out: batch, memory, engines.
+How it learns stays that of the size, but for the rows of a batch, of which every device
+wants some.
 """
 
 import dataclasses

@@ -277,9 +277,9 @@ def test_7b_on_v5p_holds_and_moves_what_it_should(hurry):
   # All but the gradients of norms: weights and their gradients travel in bf16.
   assert sum(c.total for c in inside if c.dtype != "bf16") < 1e7
   assert 40e9 < sum(c.total for c in inside) < 120e9
-  # Weights are gathered in bf16; in f32 nothing as large as one of a layer's.
-  gathered = [c for c in found if c.kind == "all-gather" and c.dtype == "f32"]
-  assert max((c.bytes for c in gathered), default=0) < 2**20
+  # Whole weights too, gathered or, as on v5p, added up from parts: never in f32.
+  large = {c.dtype for c in found if c.bytes > 2**20}
+  assert large & set(FLOATS) == {"bf16"}
   # Logits exist for a chunk of tokens, never for those of a row.
   vocab, data = run.model.text.vocab, run.config.data
   logits = [
@@ -299,8 +299,9 @@ def test_the_cache_is_written_in_place(hurry):
   run = open_preset(rl, "7b,v5e:8x8")
   found = {p.name: p for p in compile_engine.programs(run)}
   moved = compile_hlo.collectives(found["reshard"].lower().compile().as_text())
-  large = [c for c in moved if c.bytes > 2**20]
-  assert large and {c.dtype for c in large} == {"bf16"}
+  # What is exchanged before it is gathered, a 64th of it, is f32.
+  large = {c.dtype for c in moved if c.bytes > 2**20 and c.kind != "all-to-all"}
+  assert large == {"bf16"}
   slots = run.config.engine.slots
   compiled = found[f"decode {slots}"].lower().compile()
   memory = compiled.memory_analysis()

@@ -185,9 +185,9 @@ def _figures(kind: str, report: dict) -> list[str]:
     remat += f", LoRA {config['lora']['rank']}"
   out = [shape, remat]
   if kind == "rl":
-    out.append(
-      f"{config['fleet']['tensor']} devices, {config['engine']['slots']} slots"
-    )
+    tensor = config["fleet"]["tensor"]
+    name = "device" + "s" * (tensor > 1)
+    out.append(f"{tensor} {name}, {config['engine']['slots']} slots")
   out += [
     f"{worst['peak_bytes'] / compile_cost.GIB:.1f}" + "*" * (report["effort"] < 0),
     f"{worst['share']:.0%}",
