@@ -1,9 +1,9 @@
 """What a run takes over from the machines it is made for: `sft.py:7b,v5p:4x4x4`.
 
-A preset exists where it fits: by tools/compile_check.py where docs/pods.md has a figure,
-by its formulas where not.  It changes how a run is laid out: batch, memory, engines; how
-it learns stays that of the size, but for the rows of a batch, of which every device wants
-some.
+docs/pods.md says which presets tools/compile_check.py has compiled and what it found; the
+others fit by formula.  A preset changes how a run is laid out: batch, memory, engines.
+How it learns stays that of the size, but for the rows of a batch, of which every device
+wants some.
 """
 
 import dataclasses
@@ -65,21 +65,18 @@ SFT = {
 }
 
 # (size, topology) -> devices of an engine, its slots of 16384 tokens, remat of the
-# update (a row of 16384 tokens a device at a time), the rest by path.
+# update (a row of 16384 tokens a device at a time), the rest by path.  In large slices a
+# v5e compiles no collective among a few of the devices, a v6e among two but not four.
 RL = {
-  ("3b", "v5e:8x8"): (2, 16, "full", {}),
-  ("3b", "v5e:16x16"): (2, 16, "full", {}),
   ("3b", "v5p:4x4x4"): (1, 64, "qkvo", {}),
   ("3b", "v6e:8x8"): (2, 48, "full", {}),
   ("3b", "v6e:16x16"): (2, 32, "full", {}),
   ("3b", "tpu7x:4x4x4"): (1, 32, "qkvo", {}),
   ("3b", "h200:1"): (1, 64, "full", {}),
   ("3b", "h200:8"): (1, 96, "qkvo", {}),
-  ("7b", "v5e:8x8"): (4, 16, "full", {}),
-  ("7b", "v5e:16x16"): (4, 16, "full", {}),
   ("7b", "v5p:4x4x4"): (1, 64, "qkvo", {}),
-  ("7b", "v6e:8x8"): (4, 64, "full", {}),
-  ("7b", "v6e:16x16"): (4, 64, "full", {}),
+  ("7b", "v6e:8x8"): (2, 32, "full", {}),
+  ("7b", "v6e:16x16"): (2, 32, "full", {}),
   ("7b", "tpu7x:4x4x4"): (1, 32, "qkvo", {}),
   ("7b", "h200:1"): (1, 64, "full", {"lora.rank": 32}),
   ("7b", "h200:8"): (1, 64, "full", {}),

@@ -105,7 +105,7 @@ def main(config):
     found = largest(found)
   report = {
     "command": " ".join(["python", *sys.argv]),
-    "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    "date": now(),
     "versions": {
       p: importlib.metadata.version(p)
       for p in (*PACKAGES, *COMPILERS.get(name.partition(":")[0], ("libtpu",)))
@@ -208,7 +208,7 @@ def largest(found: list) -> list:
 
 def check(p: compile_programs.Program, chip: compile_cost.Chip, config, run) -> dict:
   """Compiles one program; a row of the report."""
-  row = {"name": p.name, "phase": p.phase, "resident_bytes": p.resident}
+  row = {"name": p.name, "phase": p.phase, "date": now(), "resident_bytes": p.resident}
   begin = time.perf_counter()
   lowered = p.lower()
   row["lower_s"] = time.perf_counter() - begin
@@ -260,6 +260,10 @@ def check(p: compile_programs.Program, chip: compile_cost.Chip, config, run) -> 
   if not row["fits"]:
     row["remedy"] = remedy(row, chip, config, run)
   return row
+
+
+def now() -> str:
+  return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def peak_bytes(memory) -> int:

@@ -67,12 +67,30 @@ def refusal(run: Run, limit: float) -> str | None:
     "8 slots": 8 * slot_bytes(run),
   }
   if sum(held.values()) <= limit:
-    return None
+    if tensor == 1 or _reach_each_other(run.mesh.devices.flat[:tensor]):
+      return None
+    return (
+      f"the compiler has no route among {tensor} devices within a slice of "
+      f"{run.mesh.size}: use a smaller config.fleet.tensor"
+    )
   parts = " + ".join(f"{k} {v / compile_cost.GIB:.1f}" for k, v in held.items())
   return (
     f"an engine of {tensor} devices needs at least {parts} GiB on each, of "
     f"{limit / compile_cost.GIB:.1f}: {wider(run)}"
   )
+
+
+def _reach_each_other(group) -> bool:
+  """Asks the compiler for one sum: v5e and v6e have "limited ICI routing"."""
+  mesh = jax.sharding.Mesh(np.array(group), ("tensor",))
+  cut = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("tensor"))
+  x = jax.ShapeDtypeStruct((len(group), 128), jnp.float32, sharding=cut)
+  total = jax.jit(lambda x: x.sum(0), out_shardings=parallel.replicated(mesh))
+  try:
+    total.lower(x).compile()
+  except jax.errors.JaxRuntimeError:
+    return False
+  return True
 
 
 def wider(run: Run) -> str:

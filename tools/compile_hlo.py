@@ -25,6 +25,7 @@ KINDS = (
   "collective-broadcast",
 )
 HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
+CLOSE = re.compile(r"\}(, execution_thread=.*)?$")  # of a v5p's sparse core, too
 LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CALL = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
@@ -73,7 +74,7 @@ def parse(text: str) -> tuple[dict[str, list[Op]], str]:
       if head := HEADER.match(line):
         current = program.setdefault(head[2], [])
         entry = head[2] if head[1] else entry
-    elif line == "}":  # texts inside attributes have lines that begin with one
+    elif CLOSE.match(line):  # texts inside attributes have lines that begin with one
       current = None
     elif m := LINE.match(line):
       name, result, kind, rest = m.groups()

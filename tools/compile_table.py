@@ -109,10 +109,12 @@ def _head(reports: list[dict]) -> str:
     return "\nNothing was compiled yet."
   dates = sorted(r["date"][:10] for r in reports)
   versions = sorted({f"{k} {v}" for r in reports for k, v in r["versions"].items()})
-  fast = sum(r["effort"] < 0 for r in reports)
+  refused = sum("refused" in r for r in reports)
+  fast = sum(r["effort"] < 0 for r in reports if "refused" not in r)
   return (
-    f"\n{len(reports)} of {len(list(cells()))} cells were compiled, {dates[0]} to "
-    f"{dates[-1]}, with {', '.join(versions)}; {fast} of them with --effort=-1 (*)."
+    f"\nOf {len(list(cells()))} cells {len(reports) - refused} were compiled and "
+    f"{refused} refused before, by formula, {dates[0]} to {dates[-1]}, with "
+    f"{', '.join(versions)}; {fast} were compiled with --effort=-1 (*)."
   )
 
 
@@ -183,9 +185,9 @@ def _figures(kind: str, report: dict) -> list[str]:
     remat += f", LoRA {config['lora']['rank']}"
   out = [shape, remat]
   if kind == "rl":
-    out.append(
-      f"{config['fleet']['tensor']} devices, {config['engine']['slots']} slots"
-    )
+    tensor = config["fleet"]["tensor"]
+    name = "device" + "s" * (tensor > 1)
+    out.append(f"{tensor} {name}, {config['engine']['slots']} slots")
   out += [
     f"{worst['peak_bytes'] / compile_cost.GIB:.1f}" + "*" * (report["effort"] < 0),
     f"{worst['share']:.0%}",
