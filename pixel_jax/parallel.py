@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 AXES = ("data", "fsdp", "tensor")
 ROWS = PartitionSpec(("data", "fsdp"))  # axis 0 of everything in a Batch
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
+_barriers = itertools.count()
 
 # Logical axis -> mesh axis.  A mesh axis that a mesh lacks counts as absent, so one
 # table serves the train mesh and the engines' (engine, tensor) mesh.
@@ -61,9 +62,7 @@ def initialize() -> None:
   JAX_PROCESS_ID), in a SLURM step or an Open MPI job of several tasks, on a TPU slice
   of several hosts, or with PIXEL_JAX_DISTRIBUTED=auto (jax then finds out by itself;
   for TPU VMs, whose hosts are listed only by the metadata server).  Otherwise, and when
-  called again, nothing happens.
-
-  Where a process dies the others are stopped within a minute: see `LOST`.
+  called again, nothing happens.  A process that dies stops the others: see `LOST`.
   """
   if jax.distributed.is_initialized():
     return
@@ -100,9 +99,6 @@ def devices(among: Sequence[jax.Device] | None = None) -> list[jax.Device]:
     jax.devices() if among is None else among,
     key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id),
   )
-
-
-_barriers = itertools.count()
 
 
 def barrier(name: str, timeout: int = 3600) -> None:
@@ -167,11 +163,12 @@ def gather_rows(rows: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
   """Arrays of as many rows on every process -> those of all, in process order."""
   if jax.process_count() == 1:
     return dict(rows)
-  joined = {}
-  for k, x in rows.items():
+
+  def join(x):
     parts = [np.frombuffer(b, x.dtype).reshape(x.shape) for b in _gather(x.tobytes())]
-    joined[k] = np.concatenate(parts)
-  return joined
+    return np.concatenate(parts)
+
+  return {k: join(x) for k, x in rows.items()}
 
 
 def own_rows(x: np.ndarray) -> np.ndarray:
