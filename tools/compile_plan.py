@@ -255,13 +255,7 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   # ---- Prefill: padded to rows x length; the view is the smallest that holds it ----
   most = max(e.max_prompt, e.max_len - e.max_prompt)
 
-  def prefill(
-    kind: str,
-    fed: Sequence[tuple[float, int, int]],
-    used: float,
-    before: int,
-    most: int,
-  ) -> float:
+  def prefill(kind: str, fed: list, used: float, before: int, most: int) -> float:
     """fed: (how often, tokens, reach into the longer segment of the cache)."""
     limit = e[f"{kind}_len"]
     rows = e.get(f"{kind}_rows") or max(1, min(engine.TOKENS // limit, e.slots // 8))
@@ -277,14 +271,10 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
 
   first = [(share * groups, t[0].fed, t[0].fed) for share, t in rollouts.kinds]
   more = [
-    (
-      share * played,
-      turn.fed,
-      max(turns[0].fed, length(turns[:i]) + turn.fed - turns[0].fed),
-    )
+    (share * played, x.fed, max(turns[0].fed, length(turns[:i]) + x.fed - turns[0].fed))
     for share, turns in rollouts.kinds
-    for i, turn in enumerate(turns)
-    if i and turn.fed
+    for i, x in enumerate(turns)
+    if i and x.fed
   ]
   prompts = Phase(prefill("prompt", first, 1.0, 0, e.max_prompt))
   extend = Phase(prefill("extend", more, ASSUMED["calls"], e.max_prompt, most))
