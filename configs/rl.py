@@ -103,7 +103,5 @@ def get_config(arg="tiny"):
     c.data.update(uri="world:full_train")
     c.eval.update(uri="world:full_val")
     c.rollout.update(max_turns=4)
-    # A deep clip needs two calls; with the second one punished they may die out (README).
-    c.reward.N = 2
     c.rl.update(rows=8, **common.FULL_ROW)
   return pods.fit(c, "rl", arg.size, arg.topology)

@@ -6,6 +6,7 @@ replays them.  Log-probs stay those of the model.
 
 import collections
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -480,11 +481,12 @@ def test_errors_name_the_remedy(world, plain):
   with pytest.raises(ValueError, match="leaves room"):
     engine.Engine(config, codec, **(SHAPES | dict(max_prompt=240)))
   long = dataclasses.replace(task(0), question="x" * 200)
-  with pytest.raises(ValueError, match=r"task q0 has .* `max_prompt`"):
-    run(plain, params, [long])
+  (group,) = run(plain, params, [long])
+  assert all(f.trajectory.stop == "length" for f in group)
+  assert re.search(r"task q0 has .* `max_prompt`", plain.refusal)
   small = engine.Engine(config, codec, **(SHAPES | dict(patches=16)))
-  with pytest.raises(ValueError, match="36 patches .* at most 81 and 16"):
-    run(small, params, [task(0)])
+  run(small, params, [task(0)])
+  assert re.search("36 patches .* at most 81 and 16", small.refusal)
   with pytest.raises(ValueError, match="groups of at most 6"):
     run(plain, params, [task(0)], group_size=7)
   with pytest.raises(ValueError, match="lag=-1"):

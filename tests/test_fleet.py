@@ -22,15 +22,20 @@ CONFIG = model_config.tiny(300, image_token=0, video_token=1, vision_start=2,
 class Recorder:
   """An engine that notes what it is given."""
 
-  def __init__(self, play=lambda tasks, progress: None):
+  def __init__(self, play=lambda tasks, progress: None, large=()):
     self.play, self.stats, self.tasks, self.weights = play, {}, [], None
+    self.refusal, self.large = "", large  # shards whose prompts have no room
 
   def run(self, params, tasks, *, progress, **settings):
     self.tasks, self.weights, self.settings = tasks, params, settings
     for task in tasks:
       self.play(task, progress)
       progress(1)
+    refused = [t for t in tasks if t.shard in self.large]
+    self.refusal = f"{refused[-1].id} has no room" if refused else ""
     self.stats = {"rollout/tokens": 1.0 * len(tasks)}
+    if refused:
+      self.stats["rollout/too_long_prompts"] = 1.0 * len(refused)
     return [[task.id] for task in tasks]
 
 
@@ -89,6 +94,13 @@ def test_a_failure_is_raised_and_ends_the_others():
   with pytest.raises(OSError, match="unreadable"):
     f.run("abcd", tasks(8, 5000))
   assert time.monotonic() - begun < 5
+
+
+def test_only_where_no_prompt_has_room_the_run_ends():
+  """An engine may have a few questions only, and all of them too long."""
+  assert len(make(large=(0, 1, 5)).run("abcd", tasks(8, 1))) == 8
+  with pytest.raises(ValueError, match="has no room"):
+    make(large=range(8)).run("abcd", tasks(8, 1))
 
 
 def test_a_stop_gives_up_what_is_under_way_and_begins_nothing():

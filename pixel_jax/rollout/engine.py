@@ -147,6 +147,7 @@ class Engine:
     self._stops = (words.im_end, words.endoftext)
     self._calls = sorted({words.encode(text)[0] for text in CALL})
     self.stats: dict[str, float] = {}
+    self.refusal = ""  # why the last prompt without room had none
     self._programs: Programs | None = None
     self._ways: set[tuple[decode.Sampling, bool]] = set()  # of sampling; with a ban?
 
@@ -188,8 +189,8 @@ class Engine:
   ) -> list[list[Finished]]:
     """Plays every task `group_size` times with one set of weights.
 
-    A task whose prompt has no room says nothing (stop "length"); ValueError when none
-    has, and when `group_size` is larger than the engine's.
+    A task whose prompt has no room says nothing (stop "length"), and `refusal` tells of
+    the last of them.  ValueError when `group_size` is larger than the engine's.
 
     Args:
       seed, step: with the task's id and the sample's index the key of its sampling.
@@ -233,6 +234,7 @@ class Engine:
     prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
     operations: dict[int, Future[bool]] = {}  # slot -> under way
     refused: list[Task] = []  # whose prompts have no room
+    self.refusal = ""
     watch = _Stopwatch()
 
     def finish(slot: int) -> None:
@@ -263,7 +265,9 @@ class Engine:
             table.begin(s, episode, key)
             starts[s.slot] = s
             if s.sample == 0 and not episode.fits:
-              refused.append(self._refuse(tasks[s.group], episode, len(tasks), refused))
+              refused.append(tasks[s.group])
+              self.refusal = self._refusal(tasks[s.group], episode)
+              logging.warning("set aside: %s", self.refusal)
         fits = [s for s in begun if table.episodes[s.slot].fits]
         with watch("prefill"):
           table.prefill([s.slot for s in fits if s.sample == 0], self.prompt)
@@ -333,20 +337,14 @@ class Engine:
       conversation.swap_sources(swap(task), load_media)
     return conversation
 
-  def _refuse(
-    self, task: Task, episode: Episode, groups: int, refused: Sequence[Task]
-  ) -> Task:
-    """Says why a task is not played; an error when that is the last of all."""
+  def _refusal(self, task: Task, episode: Episode) -> str:
+    """Why a task is not played."""
     largest = max((p.num_patches for p in episode.conversation.pixels), default=0)
-    told = (
+    return (
       f"the prompt of task {task.id} has {len(episode.ids)} tokens and {largest} patches "
       f"in its largest picture; the engine takes at most {self.max_prompt + 1} and "
       f"{self.patches}. Raise `max_prompt` or `patches`, or lower the pixel budgets."
     )
-    if len(refused) + 1 == groups:
-      raise ValueError(told)
-    logging.warning("set aside: %s", told)
-    return task
 
   def _summary(
     self, table: Table, groups: int, refused: Sequence[Task], seconds: dict[str, float]

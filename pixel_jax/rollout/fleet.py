@@ -80,6 +80,8 @@ class Fleet:
   ) -> list[list[Finished]]:
     """Plays the tasks of this host, as `Engine.run` does; returns when all hosts have.
 
+    ValueError when the prompts of all tasks of all hosts have no room.
+
     Args:
       params: of `sync`.
       tasks: each goes to the engine of its shard.
@@ -98,8 +100,8 @@ class Fleet:
       progress(count)
 
     def play(engine: Engine, weights: dict, mine: list[int]) -> list[list[Finished]]:
+      engine.stats, engine.refusal = {}, ""
       if not mine:
-        engine.stats = {}
         return []
       try:
         ended(0)
@@ -124,6 +126,13 @@ class Fleet:
       if not isinstance(error, _Stopped):
         raise error
     parallel.barrier("rollouts")
+    n = parallel.total({
+      "groups": len(tasks),
+      "refused": sum(e.stats.get("rollout/too_long_prompts", 0) for e in self.engines),
+    })  # fmt: skip
+    if n["refused"] == n["groups"] > 0:
+      told = [e.refusal for e in self.engines if e.refusal]
+      raise ValueError(told[-1] if told else "no prompt of the other hosts has room")
     if errors:
       return []
     groups: list[list[Finished]] = [[] for _ in tasks]
