@@ -138,7 +138,12 @@ def agree(value: Any, op: str = "all_equal") -> Any:
     return value
   array = np.asarray(value)
   # Through bytes: jax would turn float64 and int64 into 32 bits.
-  parts = [np.frombuffer(b, array.dtype) for b in _gather(array.tobytes())]
+  kind = array.dtype.str.encode().ljust(8)
+  parts = _gather(kind + array.tobytes())
+  if any(b[:8] != kind for b in parts):  # a sum of nothing is an int
+    dtypes = [b[:8].decode().strip() for b in parts]
+    raise TypeError(f"agree: processes give {dtypes}; give the same type on all")
+  parts = [np.frombuffer(b[8:], array.dtype) for b in parts]
   stacked = np.stack(parts).reshape(-1, *array.shape)
   result = {"max": np.max, "any": np.any, "sum": np.sum}[op](stacked, axis=0)
   return result if array.shape else result.item()

@@ -419,7 +419,7 @@ def held_out(rollouts, params, tasks, load_media, seed, **rollout):
 
 def count_tokens(examples):
   """Loss tokens of all hosts, at least one."""
-  own = sum(float(e.weight.sum()) for e in examples)
+  own = sum((float(e.weight.sum()) for e in examples), 0.0)  # a float of none, too
   return max(parallel.agree(own, "sum"), 1.0)
 
 
