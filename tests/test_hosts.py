@@ -368,16 +368,19 @@ def launcher(tmp_path, count, code):
   return subprocess.run(
     [
       sys.executable, "launch/processes.py", str(count), f"{tmp_path}/logs",
-      sys.executable, "-c", code,
+      sys.executable, "-c", code, f"{tmp_path}/logs",
     ],
     cwd=ROOT, capture_output=True, text=True, timeout=60,
   )  # fmt: skip
 
 
 def test_the_launcher_tells_which_failed_and_stops_the_others(tmp_path):
+  # The third fails once the others are known to have begun.
   code = (
-    "import os, time; r = os.environ['JAX_PROCESS_ID']\n"
+    "import os, pathlib, sys, time; r = os.environ['JAX_PROCESS_ID']\n"
     "print('I am', r, 'of', os.environ['JAX_NUM_PROCESSES'], flush=True)\n"
+    "log = lambda i: pathlib.Path(sys.argv[1], f'process_{i}.log').read_text()\n"
+    "while r == '2' and not all(f'I am {i}' in log(i) for i in (0, 1)): time.sleep(.1)\n"
     "if r == '2': raise SystemExit('the disk is full')\n"
     "time.sleep(60)"
   )
