@@ -39,13 +39,11 @@ while [ $# -gt 0 ]; do
 done
 take_module "$@"
 take_bucket
-[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name: lower-case letters, digits and -"
+take_names
 [ -n "$cluster" ] || fail "--cluster=NAME is missing: xpk cluster list"
 [ -n "$accelerator" ] || fail "--accelerator=TYPE is missing, such as v5p-128"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: a number of slices"
 
 find_code
-box=${XDG_CACHE_HOME:-$HOME/.cache}/pixel_jax/$name
 [ -n "$dry_run" ] || { rm -rf "$box"; mkdir -p "$box/code"; }
 run git archive --output="$box/code.tar" "$tree"
 run tar -xf "$box/code.tar" -C "$box/code"

@@ -44,6 +44,12 @@ take_bucket() {  # the workers share no disk
   [[ $workdir == gs://*/* ]] || fail "--workdir=$workdir: the workers share no disk; give gs://BUCKET/RUN"
 }
 
+take_names() {  # checks --name and --slices; box: the folder of what is sent
+  [[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name: lower-case letters, digits and -"
+  [[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: a number of slices"
+  box=${XDG_CACHE_HOME:-$HOME/.cache}/pixel_jax/$name
+}
+
 find_code() {  # tree: the id of the tracked files as they stand, changes included
   local commit
   commit=$(git -c user.name=launch -c user.email=launch stash create 2>/dev/null) || true

@@ -37,8 +37,7 @@ while [ $# -gt 0 ]; do
 done
 take_module "$@"
 take_bucket
-[[ $name =~ ^[a-z][a-z0-9-]*$ ]] || fail "--name=$name: lower-case letters, digits and -"
-[[ $slices =~ ^[1-9][0-9]*$ ]] || fail "--slices=$slices: a number of slices"
+take_names
 [ -n "$accelerator" ] || [ "$slices" = 1 ] || fail "--slices wants --accelerator"
 case "$accelerator" in  # as the cloud names its images, November 2026
   v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;
@@ -91,7 +90,6 @@ await() {  # until it can be used
 }
 
 find_code
-box=${XDG_CACHE_HOME:-$HOME/.cache}/pixel_jax/$name
 if [ -z "$dry_run" ]; then
   (umask 077; mkdir -p "$box")
   trap 'rm -f "$box/secrets.env"' EXIT

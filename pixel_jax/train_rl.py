@@ -85,6 +85,8 @@ def main(config, workdir):
   limits = dict(T=config.rl.tokens, P=config.rl.patches)
   fill = functools.partial(to_batches, mesh, config.rl.rows, **limits)
 
+  learned = optim.list_paths(trained)
+
   def update(state, batches, own, tokens):
     """One optimizer step over micro-batches of `own` tokens; `tokens` normalises."""
     total, told = zeros(), []
@@ -94,7 +96,7 @@ def main(config, workdir):
     state, m = apply(state, total)
     (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
     work = {k: float(sum(w[k] for w in work)) for k in work[0]}
-    cost = flops.of_work(policy.config, work, optim.list_paths(trained)).parts()
+    cost = flops.of_work(policy.config, work, learned).parts()
     m = combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
     return state, m, cost
 

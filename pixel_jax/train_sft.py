@@ -24,9 +24,10 @@ def main(config, workdir):
   settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
   tx, schedule = start.call("optim", optim.make, policy.params, **settings)
   trained = optim.split(policy.params, freeze)[0]
+  learned = optim.list_paths(trained)
   bank = start.call(
-    "features", features.open_bank, policy.config, policy.params,
-    optim.list_paths(trained), patches=config.data.patches, **config.features,
+    "features", features.open_bank, policy.config, policy.params, learned,
+    patches=config.data.patches, **config.features,
   )  # fmt: skip
   data = dict(config.data)
   uri, weights = data.pop("uri"), data.pop("weights")
@@ -106,7 +107,7 @@ def main(config, workdir):
         losses.append(parallel.settle(heldout(state["params"], rows)))
       held.close()  # its thread reads ahead until then
       m["eval/loss"] = float(sum(losses) / len(losses))
-    cost = flops.of_work(policy.config, work, optim.list_paths(trained))
+    cost = flops.of_work(policy.config, work, learned)
     writer.write(
       done, m | parallel.total(train.counts()), tokens=work["tokens"],
       image_tokens=work["image_tokens"], flops=cost.parts(),

@@ -290,7 +290,7 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   live = played * sampled / steps  # lanes that say something, on average
   view = contexts / max(sampled, 1) * live / lanes
   shared = rollouts.mean(lambda turns: turns[0].fed)  # read once a row of prompts
-  rows = min(e.slots, -(-3 * e.slots // G), groups)  # as Engine has them
+  rows = min(engine.prompt_rows_of(e.slots, G), groups)
   read = lanes * view - live * shared + rows * shared
   cost = compile_cost.decode(
     c, tensor=tensor, weights=text, lanes=lanes, view=view, read=read, steps=1

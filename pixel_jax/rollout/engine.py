@@ -121,9 +121,7 @@ class Engine:
       )
     self.config, self.codec = config, codec
     self.group_size, self.slots, self.patches = group_size, slots, patches
-    # Three times the groups that fill the slots: while a group waits for its longest
-    # sample the next ones begin, and with these no slot of log-normal turns stays empty.
-    self.prompts = min(slots, -(-3 * slots // group_size))
+    self.prompts = prompt_rows_of(slots, group_size)
     self.max_prompt, self.max_own = max_prompt, max_len - max_prompt
     self.chunk, self.delay, self.lag, self.workers = chunk, delay, lag, workers
     self.views = tuple(
@@ -233,7 +231,7 @@ class Engine:
     starts: dict[int, Start] = {}  # slot -> who plays there
     prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
     operations: dict[int, Future[bool]] = {}  # slot -> under way
-    refused: list[Task] = []  # whose prompts have no room
+    refused = 0  # tasks whose prompts have no room
     self.refusal = ""
     watch = _Stopwatch()
 
@@ -265,15 +263,16 @@ class Engine:
             table.begin(s, episode, key)
             starts[s.slot] = s
             if s.sample == 0 and not episode.fits:
-              refused.append(tasks[s.group])
+              refused += 1
               self.refusal = self._refusal(tasks[s.group], episode)
               logging.warning("set aside: %s", self.refusal)
-        fits = [s for s in begun if table.episodes[s.slot].fits]
+        fits = {s: table.episodes[s.slot].fits for s in begun}
         with watch("prefill"):
-          table.prefill([s.slot for s in fits if s.sample == 0], self.prompt)
-          table.start([s.slot for s in fits])
+          homes = [s.slot for s in begun if fits[s] and s.sample == 0]
+          table.prefill(homes, self.prompt)
+          table.start([s.slot for s in begun if fits[s]])
         for s in begun:
-          if not table.episodes[s.slot].fits:
+          if not fits[s]:
             table.episodes[s.slot].refuse()
             finish(s.slot)
         # ---- Go on with the turns whose operations are due ----
@@ -347,7 +346,7 @@ class Engine:
     )
 
   def _summary(
-    self, table: Table, groups: int, refused: Sequence[Task], seconds: dict[str, float]
+    self, table: Table, groups: int, refused: int, seconds: dict[str, float]
   ) -> dict[str, float]:
     """What `train_rl` logs of a run."""
     c = table.stats
@@ -359,8 +358,8 @@ class Engine:
       "occupancy": c["tokens"] / max(1, c["lane_steps"]),
       "waiting": c["waiting"] / max(1, c["lane_steps"]),  # for an operation
       "host_syncs_per_chunk": c["host_syncs"] / max(1, c["chunks"]),
-      "prefills_per_group": c["prefills"] / max(1, groups - len(refused)),
-      "too_long_prompts": len(refused),
+      "prefills_per_group": c["prefills"] / max(1, groups - refused),
+      "too_long_prompts": refused,
     }
     if c["steady_lane_steps"]:  # from the first refill until no sample waits
       stats["occupancy_steady"] = c["steady_tokens"] / c["steady_lane_steps"]
@@ -415,6 +414,15 @@ class Engine:
         stops=self._stops,
       )
     return self._programs
+
+
+def prompt_rows_of(slots: int, group_size: int) -> int:
+  """Rows for prompts: three times the groups that fill the slots.
+
+  While a group waits for its longest sample the next ones begin; with these no slot of
+  log-normal turns stays empty (docs/performance.md).
+  """
+  return min(slots, -(-3 * slots // group_size))
 
 
 def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:
