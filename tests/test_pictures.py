@@ -50,8 +50,8 @@ def test_a_picture_is_encoded_once_while_there_is_room():
   assert (bank.encoded, bank.calls) == (2, 1)
 
 
-def test_sizes_halve_and_limits_are_told():
-  assert pictures.row_sizes(1024) == [1024, 512, 256, 128, 64, 32, 16]
+def test_sizes_and_limits():
+  assert pictures.row_sizes(1024) == [1024, 768, 512, 256, 128, 64, 32, 16]
   assert all(size % 4 == 0 for size in pictures.row_sizes(1000))
   bank = pictures.Bank(np.zeros((16, 1176), np.int64), encode, 64)
   with pytest.raises(ValueError, match="Raise the engine's `pages`"):

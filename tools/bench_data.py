@@ -59,7 +59,7 @@ SIZES = {
   "30m": Size(
     "30m", rows=(4, 512, 144), images=(4, 1024), examples=64, mean=256,
     row=(2, 1024, 1152), batch=8, groups=(8, 8), image=256, crop=121, turn=44,
-    longest=192, engine=dict(slots=16, extend_len=160, chunk=16, views=(512, 768, 1024)),
+    longest=192, engine=dict(slots=16, extend_len=160, chunk=8, views=(512, 768, 1024)),
     decode=(16, 512, 64), pictures=8,
   ),
   "3b": Size(

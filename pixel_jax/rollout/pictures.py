@@ -1,8 +1,9 @@
 """The bank: features of pictures, encoded once and kept on the device by content.
 
 A picture gets a row of its own, of the smallest size that holds it: sizes halve from
-`patches` downwards, and each compiles once.  A call takes one picture of the two largest
-sizes, and as many smaller ones as cost the same: crops come a few at a time, and rows
+`patches` downwards, with one between the two largest, where padding costs most; each
+compiles once.  A call takes one picture of these three, and as many smaller ones as cost
+the same: crops come a few at a time, and rows
 that stand empty cost as much as full ones.  One picture a row also means that what a
 picture becomes does not depend on its neighbours, bit for bit.  Features are only true
 for one set of weights: a bank lives for one run.
@@ -23,10 +24,12 @@ Call = tuple[int, int, list[Pixels]]  # row size, rows, pictures: one a row
 
 
 def row_sizes(patches: int) -> list[int]:
-  """Row sizes of the vision calls, in patches: 1024, 512, ..., 16."""
+  """Row sizes of the vision calls, in patches: 1024, 768, 512, 256, ..., 16."""
   sizes = [patches]
   while sizes[-1] % 8 == 0 and sizes[-1] // 2 >= SMALLEST:
     sizes.append(sizes[-1] // 2)
+  if patches % 16 == 0 and len(sizes) > 1:
+    sizes.insert(1, patches * 3 // 4)
   return sizes
 
 
