@@ -151,6 +151,7 @@ def test_the_budget_ends_a_run_and_more_of_it_goes_on(tool, serve, tmp_path):
   assert server.answered == control.answered  # each once
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_gives_the_same_files(tool, serve, tmp_path):
   faults = dict(passing=0.2, staying=0.2)
   serve(**faults)

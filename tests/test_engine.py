@@ -212,6 +212,7 @@ def test_multi_turn_equals_replay_and_full_forward(world, scripted, delay):
   assert scripted.stats["rollout/pictures"] == len(shown)
 
 
+@pytest.mark.slow
 def test_hostile_turns_end_cleanly(world, wide, scripted):
   codec = world[0]
   tasks = [question_of("q3"), question_of("q4")]
@@ -319,6 +320,7 @@ def test_a_late_reader_hears_the_same(world, plain):
 # ---- Buckets -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_buckets_change_nothing_but_rounding(world, plain, record_property):
   """Draining into fewer lanes, and shorter views: log-probs agree within 1e-4."""
   codec, config, params = world

@@ -61,6 +61,7 @@ def shown(batch, b):
   return batch["features"][b][index[index >= 0]]
 
 
+@pytest.mark.slow
 def test_log_probs_are_those_with_the_tower_in_the_step(tiny):
   config, mesh, params = tiny
   bank = open_bank(tiny)

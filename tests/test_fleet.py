@@ -127,6 +127,7 @@ def test_statistics_of_engines_are_those_of_one():
   assert fleet.add_stats([a]) == a and fleet.add_stats([]) == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_weights_are_narrowed_before_they_are_gathered(tensor):
   config = dataclasses.replace(CONFIG, dtype="bfloat16")

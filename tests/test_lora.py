@@ -128,6 +128,7 @@ def test_they_begin_as_those_of_peft():
       assert not (a[0] == a[1]).any()
 
 
+@pytest.mark.slow
 def test_new_adapters_change_no_bit():
   config = adapted(CONFIGS["tiny"], EVERYTHING)
   params = noisy(config.merged)
@@ -156,6 +157,7 @@ def test_the_graph_holds_two_small_matmuls_a_matrix():
   assert matmuls(everything) == bare + 2 * len(matrices(everything))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_merged_equals_unmerged(name):
   """Scanned, in periods and unrolled; images, a video and text."""
@@ -269,6 +271,7 @@ def test_weight_decay_is_for_matrices():
 # ---- On a mesh -----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_hidden_states_of_one(tiny):
   config, params = tiny
   mesh = parallel.make_mesh(2, 2, 2)

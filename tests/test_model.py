@@ -444,6 +444,7 @@ def test_logp_is_log_softmax_whatever_the_chunk(chunk):
   jax.tree.map(lambda a, b: close(a, b, 1e-4), grads, jax.jit(jax.grad(slow))(params))
 
 
+@pytest.mark.slow
 def test_where_leaves_out_what_is_not_wanted():
   config, params = ONE, noisy(ONE)
   batch = pack([[example(config, 0, [9, IMAGE, 20]), example(config, 1, [11])]], 64, 24)

@@ -69,6 +69,7 @@ def check_equal(got, want, paths):
     np.testing.assert_array_equal(got[path], want[path], err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_new_adapters_on_a_checkpoint_without(tmp_path, mesh, dtype):
   want = saved(tmp_path, BARE, dtype)

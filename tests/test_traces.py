@@ -24,6 +24,7 @@ def codec(tmp_path):
   return encode.Codec(tokenizer=words, budgets=budgets, video_frames=8)
 
 
+@pytest.mark.slow
 def test_every_kind_of_trace_is_one_trace_of_the_program(codec):
   config = model_config.tiny(codec.tokenizer.vocab_size)
   params = qwen2_5_vl.init(config, jax.random.key(0))
