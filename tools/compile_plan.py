@@ -258,7 +258,7 @@ def _rollout(config, model, machine, rollouts, compiled) -> dict[str, Phase]:
   def prefill(kind: str, fed: list, used: float, before: int, most: int) -> float:
     """fed: (how often, tokens, reach into the longer segment of the cache)."""
     limit = e[f"{kind}_len"]
-    rows = e.get(f"{kind}_rows") or max(1, min(engine.TOKENS // limit, e.slots // 8))
+    rows = e.get(f"{kind}_rows") or engine.call_rows_of(e.slots, limit)
     total = 0.0
     for often, tokens, context in fed:
       view = min((v for v in (*e.views, most) if most >= v >= context), default=most)

@@ -66,9 +66,10 @@ class Linear(nnx.Module):
     size = dict(zip(right, self.w.shape[-len(right) :]))
     inner = "".join(c for c in right if c not in out)
     outer = "".join(c for c in right if c in out)
-    low = "".join(c for c in left if c not in inner) + "r"
-    product = self.product.split("->")[1]
-    self.lora_equations = (f"{left},{inner}r->{low}", f"{low},r{outer}->{product}")
+    rows = "".join(c for c in left if c not in inner)
+    self.lora_equations = (
+      f"{left},{inner}r->{rows}r", f"{rows}r,r{outer}->{rows}{outer}"
+    )  # fmt: skip
     self.lora_scale = config.scale
     lead = self.w.shape[: -len(right)]
     shape = [size[c] for c in inner]

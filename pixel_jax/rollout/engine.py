@@ -129,13 +129,9 @@ class Engine:
       for n in (max_prompt, max(max_prompt, self.max_own))
     )  # of prompts; of either segment where turns follow
     self.lanes = sorted({max(1, slots // n) for n in (1, 2, 4)})
-
-    def rows(given, length):
-      return given or max(1, min(TOKENS // length, slots // 8))
-
     prompt_len = min(prompt_len, max_prompt)
-    self.prompt = (rows(prompt_rows, prompt_len), prompt_len)
-    self.turn = (rows(extend_rows, extend_len), extend_len)
+    self.prompt = (prompt_rows or call_rows_of(slots, prompt_len), prompt_len)
+    self.turn = (extend_rows or call_rows_of(slots, extend_len), extend_len)
     # What one call may show at worst: pictures of 1 feature in rows of 4, and two
     # pictures of the largest size that stick out of either end of each row.
     page = patches // 4
@@ -423,6 +419,11 @@ def prompt_rows_of(slots: int, group_size: int) -> int:
   log-normal turns stays empty (docs/performance.md).
   """
   return min(slots, -(-3 * slots // group_size))
+
+
+def call_rows_of(slots: int, length: int) -> int:
+  """Rows of a prefill or extend call of this many tokens each, about `TOKENS` in all."""
+  return max(1, min(TOKENS // length, slots // 8))
 
 
 def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:

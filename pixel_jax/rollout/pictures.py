@@ -3,10 +3,10 @@
 A picture gets a row of its own, of the smallest size that holds it: sizes halve from
 `patches` downwards, with one between the two largest, where padding costs most; each
 compiles once.  A call takes one picture of these three, and as many smaller ones as cost
-the same: crops come a few at a time, and rows
-that stand empty cost as much as full ones.  One picture a row also means that what a
-picture becomes does not depend on its neighbours, bit for bit.  Features are only true
-for one set of weights: a bank lives for one run.
+the same: crops come a few at a time, and rows that stand empty cost as much as full ones.
+One picture a row also means that what a picture becomes does not depend on its
+neighbours, bit for bit.  Features are only true for one set of weights: a bank lives for
+one run.
 
 Not here: the tower (model/vision.py), where features go among tokens (engine.py).
 """
