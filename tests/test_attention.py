@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pixel_jax import parallel
 from pixel_jax.model import attention as lib
-from pixel_jax.model import kernels
+from pixel_jax.model import flash, kernels
 
 
 def by_loops(q, k, v, sees):
@@ -61,28 +61,80 @@ def test_slots_order_queries_and_keys():
   np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("T", [300, 3000])
-def test_chunks_equal_dense(T, causal):
-  """Several spans with a ragged last one; at 3000 each of several ragged chunks."""
-  q, k, v = random(1, (1, 2, T, 8), (1, 1, T, 8), (1, 1, T, 8))
-  segment = jnp.sort(jax.random.randint(jax.random.key(0), (1, T), 0, 3))
-  mask = segment[:, :, None] == segment[:, None]
-  if causal:
-    mask &= jnp.tril(jnp.ones((T, T), bool))
+def packed(rng, B, T, most):
+  """i32[B T]: sequences one after the other, then padding."""
+  out = np.zeros((B, T), np.int32)
+  for row in out:
+    ids = np.repeat(np.arange(1, T + 1), rng.integers(1, most + 1, T))
+    end = rng.integers(T // 2, T + 1)
+    row[:end] = ids[:end]
+  return jnp.array(out)
 
-  def chunked(q, k, v):
+
+def value_and_grads(f, q, k, v, weight):
+  """What f gives, and the gradients of its weighted sum of squares."""
+  value = jax.jit(lambda *x: f(*x) * weight)
+  grads = jax.jit(jax.grad(lambda *x: (value(*x) ** 2).sum(), (0, 1, 2)))
+  return value(q, k, v), grads(q, k, v)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "most"), [(300, 90), (1000, 400), (3000, 700), (900, 9)])
+def test_blocks_equal_dense(T, most, causal):
+  """Spans of few queries, blocks of many, ragged last ones: output and gradients."""
+  B, N, K, H = 2, 4, 2, 8
+  q, k, v = random(1, (B, N, T, H), (B, K, T, H), (B, K, T, H))
+  segment = packed(np.random.default_rng(T), B, T, most)
+  ids = jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else None
+  mask = flash.sees((segment, ids), (segment, ids))
+  real = (segment > 0)[:, None, :, None]  # nobody reads what padding sees
+
+  def blocks(q, k, v):
     return lib.attention(q, k, v, segment_q=segment, segment_k=segment, causal=causal)
 
-  def dense(q, k, v):
-    return lib._attend(q, k, v, mask)
-
-  def value_and_grad(f):
-    grad = jax.grad(lambda *x: (f(*x) ** 2).sum(), (0, 1, 2))
-    return jax.jit(f)(q, k, v), jax.jit(grad)(q, k, v)
-
-  got, want = value_and_grad(chunked), value_and_grad(dense)
+  assert np.isfinite(blocks(q, k, v)).all()
+  got = value_and_grads(blocks, q, k, v, real)
+  want = value_and_grads(lambda *x: lib._attend(*x, mask), q, k, v, real)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, want)
+
+
+def test_blocks_without_segments():
+  q, k, v = random(1, (1, 2, 700, 8), (1, 1, 900, 8), (1, 1, 900, 8))
+  got = lib.attention(q, k, v, causal=False)
+  np.testing.assert_allclose(got, lib._attend(q, k, v, None), atol=1e-5)
+
+
+def test_blocks_over_slots():
+  """A long prompt appended to a cache; one row starts later, one sees nothing at all."""
+  B, T, S = 3, 600, 1000
+  q, k, v = random(2, (B, 2, T, 8), (B, 1, S, 8), (B, 1, S, 8))
+  slot = jnp.arange(T) + jnp.array([[0], [350], [-T]])
+  got = lib.attention(q, k, v, slot_q=slot, causal=True)
+  keys = jnp.broadcast_to(jnp.arange(S), (B, S))
+  want = lib._attend(q, k, v, flash.sees((None, slot), (None, keys)))
+  assert np.isfinite(got).all()
+  np.testing.assert_allclose(got[:2], want[:2], atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 10**6), st.integers(1, 40), st.booleans())
+def test_no_block_is_left_out(seed, most, causal):
+  """Whoever sees a key is in a chunk that goes over the key's block; few go further."""
+  B, T, size = 2, 128, 16
+  segment = packed(np.random.default_rng(seed), B, T, most)
+  ids = segment, jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else None
+  low, high = flash._bounds(size, size, ids, ids)
+  real = (segment > 0)[:, :, None]
+  seen = np.asarray(flash.sees(ids, ids) & real).any(axis=0)
+  seen = seen.reshape(T // size, size, T // size, size).any(axis=(1, 3))
+  block = np.arange(T // size)
+  reached = (block >= low[:, None]) & (block < high[:, None])
+  assert (reached >= seen).all()
+  # Segments lie in order, so what lies between the first and the last is all it adds.
+  first, last = seen.argmax(axis=1), T // size - seen[:, ::-1].argmax(axis=1)
+  used = seen.any(axis=1)
+  assert (np.asarray(low)[used] == first[used]).all()
+  assert (np.asarray(high)[used] == last[used]).all()
 
 
 def test_no_square_of_scores():

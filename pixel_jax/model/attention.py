@@ -8,7 +8,7 @@ its own.  Never by M-RoPE position: the tokens of an image share theirs.  Heads-
 q[B N T H], k and v [B K S H] (the layout of the cache).  The N query heads are K groups
 of G; k and v are never repeated in memory.  Softmax in f32.
 
-Padding is segment 0 like any other: padded queries give finite values nobody reads.
+Padding is segment 0: its queries give finite values nobody reads.
 """
 
 import jax
@@ -18,11 +18,11 @@ from jaxtyping import Array, Float, Int
 
 from pixel_jax.batch import Prompts
 from pixel_jax.model import kernels
+from pixel_jax.model.flash import NEVER, flash, sees
 
 IMPLS = ("xla", "splash", "cudnn")
-NEVER = -1e30  # not -inf: a row that sees nothing stays finite
 SPAN = 64  # queries that share a prefix of keys, at least
-CHUNK = 256  # queries whose scores exist at one time, where there are many
+DENSE = 512  # queries whose scores are made at once, at most
 BLOCK = 128  # keys of a cache that are read at a time, at least
 
 
@@ -46,9 +46,8 @@ def attention(
     impl: "xla", the reference that runs everywhere; "splash" on TPUs, "cudnn" on GPUs
       (kernels.py), where slots are indices.
 
-  Where slots are indices, queries go in at most four spans, and a span reads only the
-  keys up to its last query.  Long spans are cut into chunks, one after the other, so
-  that scores of [T S] never exist, neither forward nor backward.
+  More than `DENSE` queries go block by block (flash.py).  Fewer, where slots are
+  indices, go in at most four spans, and a span reads only the keys up to its last query.
   """
   if impl not in IMPLS:
     raise ValueError(f"attention impl is {impl!r}; implemented: {', '.join(IMPLS)}.")
@@ -62,30 +61,24 @@ def attention(
     return kernels.cudnn(q, k, v, segment_q, segment_k, causal)
   prefix = causal and slot_q is None and slot_k is None and T == S
 
-  def ids(x, length, used):  # broadcast to rows, so that they can be cut into chunks
-    if used and x is None:
-      x = jnp.arange(length)[None]
-    return jnp.broadcast_to(x, (B, length)) if used else None
+  def slots(x, length):
+    x = jnp.arange(length) if x is None else x
+    return jnp.broadcast_to(x, (B, length)) if causal else None
 
-  segmented = segment_q is not None
-  queries = (ids(segment_q, T, segmented), ids(slot_q, T, causal))
-  keys = (ids(segment_k, S, segmented), ids(slot_k, S, causal))
-
-  size = max(SPAN, -(-T // 4)) if prefix else T
+  queries, keys = (segment_q, slots(slot_q, T)), (segment_k, slots(slot_k, S))
+  if T > DENSE:
+    return flash(q, k, v, queries, keys)
+  mask = sees(queries, keys)
+  if not prefix:
+    return _attend(q, k, v, mask)
+  size = max(SPAN, -(-T // 4))
   out = []
   for start in range(0, T, size):
-    end = min(start + size, T)
-    seen = end if prefix else S
-    out.append(
-      _span(
-        q[:, :, start:end],
-        jax.tree.map(lambda x, start=start, end=end: x[:, start:end], queries),
-        k[:, :, :seen],
-        v[:, :, :seen],
-        jax.tree.map(lambda x, seen=seen: x[:, :seen], keys),
-      )
-    )
-  return out[0] if len(out) == 1 else jnp.concatenate(out, axis=2)
+    span = slice(start, start + size)
+    seen = slice(min(start + size, T))
+    heads = _attend(q[:, :, span], k[:, :, seen], v[:, :, seen], mask[:, span, seen])
+    out.append(heads)
+  return jnp.concatenate(out, axis=2)
 
 
 @jax.named_scope("window_attention")  # by which a compiled program can be searched
@@ -205,48 +198,6 @@ def _read(q, k_cache, v_cache, layer, last, seen):
 
   # What a query with no key to see gathers meanwhile is wiped out by the first it sees.
   return jax.lax.fori_loop(0, last.max() // size + 1, block, seen)
-
-
-def _span(q, queries, k, v, keys):
-  """Dense attention, CHUNK queries at a time where there are many.
-
-  Args:
-    queries, keys: (segment, slot), i32[B ..] or None each.
-  """
-  B, N, T, H = q.shape
-  if T <= 2 * CHUNK:
-    return _attend(q, k, v, _mask(queries, keys))
-  n = -(-T // CHUNK)
-
-  def split(x, axis):  # .. T .. -> n .. CHUNK ..
-    pad = [(0, 0)] * x.ndim
-    pad[axis] = (0, n * CHUNK - T)
-    x = jnp.pad(x, pad)
-    x = x.reshape(*x.shape[:axis], n, CHUNK, *x.shape[axis + 1 :])
-    return jnp.moveaxis(x, axis, 0)
-
-  def chunk(xs):
-    q, queries = xs
-    return _attend(q, k, v, _mask(queries, keys))
-
-  # Recompute the scores in the backward pass rather than keep those of all chunks.
-  chunk = jax.checkpoint(chunk, prevent_cse=False)
-  xs = split(q, 2), jax.tree.map(lambda x: split(x, 1), queries)
-  out = name(jax.lax.map(chunk, xs), "heads")
-  out = jnp.moveaxis(out, 0, 2)  # B N n CHUNK H
-  return out.reshape(B, N, -1, H)[:, :, :T]
-
-
-def _mask(queries, keys):
-  """bool[B T S]: same segment, and the key's slot not after the query's."""
-  (segment_q, slot_q), (segment_k, slot_k) = queries, keys
-  mask = None
-  if segment_q is not None:
-    mask = segment_q[:, :, None] == segment_k[:, None]
-  if slot_q is not None:
-    before = slot_q[:, :, None] >= slot_k[:, None]
-    mask = before if mask is None else mask & before
-  return mask
 
 
 def _attend(q, k, v, mask):
