@@ -97,6 +97,9 @@ TPU = {
   "xla_tpu_overlap_compute_collective_tc": True,
   "xla_enable_async_all_gather": True,
 }
+# libtpu 0.0.42.1 dies of an all-reduce on the sparse cores, where tpu7x puts it by itself
+# (`offload_collective_strategies.cc: abs(inc) < core_count()`).
+TPU7X = TPU | {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
 GPU = {
   "xla_gpu_enable_latency_hiding_scheduler": True,
   "xla_gpu_enable_pipelined_all_gather": True,
@@ -124,7 +127,8 @@ def fit(c, kind, size, topology):
   pod = PODS[topology]
   c.topology, c.accelerator, c.chips = topology, pod.accelerator, pod.chips
   if pod.devices > 1:
-    c.compiler = dict(GPU if pod.attention == "cudnn" else TPU)
+    tpu = TPU7X if topology.startswith("tpu7x") else TPU
+    c.compiler = dict(GPU if pod.attention == "cudnn" else tpu)
   if kind == "sft":
     each, remat, more = presets[size, topology]
     c.data.rows = each * pod.devices

@@ -262,7 +262,8 @@ def rl(b: Bench) -> list[Case]:
   ]
   longest = max(len(e.tokens) for e in examples)
   patches = max(sum(p.num_patches for _, p in e.vision) for e in examples)
-  row = (b.size.row[0], 64 * -(-longest // 64), 64 * -(-2 * patches // 64))
+  # Two of the longest a row; those of one question share its picture.
+  row = (b.size.row[0] // 2, 64 * -(-2 * longest // 64), 64 * -(-3 * patches // 128))
   mine = b.own(ours.train, ours.packed(examples, row), policy=True)
   peer = b.theirs("train_policy", examples, b.size.groups[1])
   return [

@@ -104,7 +104,7 @@ def main(config):
   if LARGEST.value:
     found = largest(found)
   report = {
-    "command": " ".join(["python", *sys.argv]),
+    "command": " ".join(["python", "tools/compile_check.py", *sys.argv[1:]]),
     "date": now(),
     "versions": {
       p: importlib.metadata.version(p)
