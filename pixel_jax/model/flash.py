@@ -43,10 +43,8 @@ def flash(
   K, S = k.shape[1:3]
   if all(x is None for x in queries):
     queries, keys = ((jnp.ones((B, n), jnp.int32), None) for n in (T, S))
-  size_q, size_k = (
-    _size(T, BLOCK),
-    _size(S, BLOCK * (1 if queries[1] is not None else 2)),
-  )
+  size_q = _size(T, BLOCK)
+  size_k = _size(S, 2 * BLOCK if queries[1] is None else BLOCK)
   q = _pad(q.reshape(B, K, N // K, T, H), 3, size_q)
   k, v = _pad(k, 2, size_k), _pad(v, 2, size_k)
   # Keys that are added belong to nobody and come after all.
