@@ -123,7 +123,7 @@ def test_no_block_is_left_out(seed, most, causal):
   B, T, size = 2, 128, 16
   segment = packed(np.random.default_rng(seed), B, T, most)
   ids = segment, jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else None
-  low, high = flash._bounds(size, size, ids, ids)
+  low, high = flash.hull(flash.reach(size, size, ids, ids))
   real = (segment > 0)[:, :, None]
   seen = np.asarray(flash.sees(ids, ids) & real).any(axis=0)
   seen = seen.reshape(T // size, size, T // size, size).any(axis=(1, 3))
@@ -135,6 +135,29 @@ def test_no_block_is_left_out(seed, most, causal):
   used = seen.any(axis=1)
   assert (np.asarray(low)[used] == first[used]).all()
   assert (np.asarray(high)[used] == last[used]).all()
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("impl", ["xla", "splash"])
+def test_what_nobody_sees_is_not_read(impl, causal, monkeypatch):
+  """Masked values count with weight 0, but 0 x NaN is NaN: so nothing was computed."""
+  interpreted = functools.partial(kernels.splash, interpret=True)
+  monkeypatch.setattr(kernels, "splash", interpreted)
+  T, other = 2560, slice(1024, 2048)  # whole blocks
+  q, k, v = random(5, *[(1, 1, T, 16)] * 3)
+  segment = jnp.zeros((1, T), jnp.int32).at[:, :1024].set(1).at[:, other].set(2)
+  real = (segment == 1)[:, None, :, None]
+
+  def loss(q, k, v):
+    out = lib.attention(
+      q, k, v, segment_q=segment, segment_k=segment, causal=causal, impl=impl
+    )
+    return jnp.where(real, out, 0).sum()
+
+  got = jax.grad(loss, (0, 1, 2))(q, k, v.at[:, :, other].set(jnp.nan))
+  want = jax.grad(loss, (0, 1, 2))(q, k, v)
+  for a, b in zip(got, want):
+    np.testing.assert_array_equal(a[:, :, :1024], b[:, :, :1024])
 
 
 def test_no_square_of_scores():
@@ -167,9 +190,12 @@ def test_window_attention_on_ragged_windows(seed, P):
   np.testing.assert_allclose(np.where(real, got, 0), np.where(real, want, 0), atol=1e-5)
 
 
-# (impl, causal, shape of q, key-value heads); the first pads to blocks of 128.
+# (impl, causal, shape of q, key-value heads); the first pads to blocks of 128, the second
+# has many blocks and skips most.
 KERNELS = [
   ("splash", True, (2, 4, 200, 16), 2),
+  ("splash", True, (2, 2, 1150, 16), 1),
+  ("splash", False, (2, 1, 1150, 16), 1),
   ("splash", False, (1, 2, 130, 80), 2),  # a head of the vision tower
   ("cudnn", True, (2, 4, 200, 16), 2),
   ("cudnn", False, (1, 2, 130, 80), 2),
@@ -184,13 +210,15 @@ def test_kernels_mean_the_same(impl, causal, shape, kv_heads, monkeypatch):
   monkeypatch.setattr(kernels, impl, kernel)
   B, _, T, H = shape
   q, k, v, g = random(3, shape, (B, kv_heads, T, H), (B, kv_heads, T, H), shape)
-  segment = jnp.sort(jax.random.randint(jax.random.key(1), (B, T), 0, 4), axis=1)
+  segment = packed(np.random.default_rng(T), B, T, T // 3)
+  real = (segment > 0)[:, None, :, None]  # nobody reads what padding sees
 
   def value_and_grad(impl):
     def loss(q, k, v):
       out = lib.attention(
         q, k, v, segment_q=segment, segment_k=segment, causal=causal, impl=impl
       )
+      out *= real
       return (out * g).sum(), out
 
     return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)

@@ -75,7 +75,7 @@ def _flash(size_q, size_k, q, k, v, queries, keys):
 
 def _forward(size_q, size_k, q, k, v, queries, keys):
   B, K, G, _, H = q.shape
-  lows, highs = _bounds(size_q, size_k, queries, keys)
+  lows, highs = hull(reach(size_q, size_k, queries, keys))
 
   def chunk(_, xs):
     q, queries, low, high = xs
@@ -107,7 +107,7 @@ def _forward(size_q, size_k, q, k, v, queries, keys):
 def _backward(size_q, size_k, kept, d_out):
   q, k, v, queries, keys, out, logsum = kept
   H = q.shape[-1]
-  lows, highs = _bounds(size_q, size_k, queries, keys)
+  lows, highs = hull(reach(size_q, size_k, queries, keys))
   own = (d_out.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
   logsum, own = (x[..., 0][:, :, None] for x in (logsum, own))  # B K 1 G T
 
@@ -160,20 +160,27 @@ def sees(queries: Ids, keys: Ids) -> Bool[Array, "B T S"] | None:
 # ---- Blocks --------------------------------------------------------------------------
 
 
-def _bounds(size_q, size_k, queries, keys):
-  """i32[chunks] twice: from which to before which block of keys a chunk must go."""
+def reach(
+  size_q: int, size_k: int, queries: Ids, keys: Ids
+) -> Bool[Array, "chunks blocks"]:
+  """May any query of a chunk see any key of a block, in any row?  Rather yes than no."""
   segment_q, slot_q = _cut(queries, size_q)  # chunks B size
   segment_k, slot_k = _cut(keys, size_k)  # blocks B size
-  reach = True  # chunks blocks B
+  out = True  # chunks blocks B
   if segment_q is not None:
     (first_q, last_q), (first_k, last_k) = (_range(x) for x in (segment_q, segment_k))
-    reach = (last_k >= first_q[:, None]) & (first_k <= last_q[:, None])
+    out = (last_k >= first_q[:, None]) & (first_k <= last_q[:, None])
   if slot_q is not None:
-    reach &= slot_k.min(axis=2) <= slot_q.max(axis=2)[:, None]
-  reach = reach.any(axis=2)
+    out &= slot_k.min(axis=2) <= slot_q.max(axis=2)[:, None]
+  return out.any(axis=2)
+
+
+def hull(
+  reach: Bool[Array, "chunks blocks"],
+) -> tuple[Int[Array, " chunks"], Int[Array, " chunks"]]:
+  """From which to before which block each chunk goes: at least one, to stay finite."""
   low = reach.argmax(axis=1)
-  # At least one: a chunk that reaches nothing stays finite.
-  high = jnp.maximum(reach.shape[1] - reach[:, ::-1].argmax(axis=1), 1)
+  high = reach.shape[1] - reach[:, ::-1].argmax(axis=1)
   return low, jnp.where(reach.any(axis=1), high, low + 1)
 
 

@@ -2,8 +2,9 @@
 
 Both mean what `attention.attention` means where slots are indices: heads-first, G query
 heads a key-value head and no repeated keys, softmax in f32, segments of packed rows.
-Neither looks for blocks that segments leave empty: a packed row costs what one sequence
-of its length costs.  Not here: when to use which (`ModelConfig.attention`), the cache.
+Splash is told which blocks segments leave empty; to cuDNN a packed row costs what one
+sequence of its length costs.  Not here: when to use which (`ModelConfig.attention`), the
+cache.
 """
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as lib
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
+
+from pixel_jax.model import flash
 
 LANES = 128  # tokens of the smallest block of splash
 BLOCK = 1024  # and of the largest: 2048 leaves the vector memory of a v5e
@@ -31,7 +34,8 @@ def splash(
   """The Pallas kernel of jax for TPUs; `interpret` runs it elsewhere, slowly.
 
   XLA cannot cut a kernel, so under a mesh (`parallel.on`) each device runs it on its
-  own rows, and on its own heads where "tensor" divides those of the keys.
+  own rows, and on its own heads where "tensor" divides those of the keys.  Rows go one
+  after the other, because each has its own blocks to skip.
   """
   B, _, T, H = q.shape
   K, S = k.shape[1:3]
@@ -57,8 +61,13 @@ def splash(
       residual_checkpoint_name="heads",  # what remat="qkvo" keeps
       interpret=interpret,
     )
-    ids = lib.SegmentIds(segment_q, segment_k)
-    return jax.vmap(kernel)(q, k, v, ids)
+
+    def row(x):
+      q, k, v, segment_q, segment_k = x
+      run = _skipping(kernel, segment_q, segment_k, size_q, size_k, causal)
+      return run(q, k, v, lib.SegmentIds(segment_q, segment_k))
+
+    return jax.lax.map(row, (q, k, v, segment_q, segment_k))
 
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
@@ -69,6 +78,36 @@ def splash(
       local, in_specs=(x, x, x, ids, ids), out_specs=x, check_vma=False
     )
   return local(q, k, v, segment_q, segment_k)[:, :, :T]
+
+
+def _skipping(kernel, segment_q, segment_k, size_q: int, size_k: int, causal: bool):
+  """The kernel for one row, which skips what `flash` skips.
+
+  It takes a mask that is known when it is compiled.  What it makes of one are tables:
+  does this block of queries go over that block of keys, and which is loaded meanwhile.
+  They may as well be computed where it runs; within a block segments are compared anyway.
+  """
+  T, S = len(segment_q), len(segment_k)
+  slots = (jnp.arange(T)[None], jnp.arange(S)[None]) if causal else (None, None)
+  queries, keys = (segment_q[None], slots[0]), (segment_k[None], slots[1])
+  reach = flash.reach(size_q, size_k, queries, keys)
+
+  def tables(info, reach, order):
+    low, high = (x[:, None] for x in flash.hull(reach))
+    block = jnp.arange(reach.shape[1])
+    used = (block >= low) & (block < high)
+    load = jnp.clip(block, low, high - 1)  # where nothing is done nothing new is loaded
+    return info._replace(
+      block_mask=order(2 * used.astype(jnp.int32))[None],  # 2: no mask of its own
+      data_next=order(load.astype(jnp.int32))[None],
+    )
+
+  return type(kernel)(
+    tables(kernel.fwd_mask_info, reach, lambda x: x),
+    tables(kernel.dq_mask_info, reach, lambda x: x),
+    tables(kernel.dkv_mask_info, reach.T, lambda x: x.T),
+    **kernel.kwargs,
+  )
 
 
 def _block_sizes(q: int, k: int) -> lib.BlockSizes:
