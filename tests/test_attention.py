@@ -79,10 +79,10 @@ def value_and_grads(f, q, k, v, weight):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("T", "most"), [(300, 90), (1000, 400), (3000, 700), (900, 9)])
+@pytest.mark.parametrize(("T", "most"), [(300, 90), (1000, 400), (1700, 700), (900, 9)])
 def test_blocks_equal_dense(T, most, causal):
   """Spans of few queries, blocks of many, ragged last ones: output and gradients."""
-  B, N, K, H = 2, 4, 2, 8
+  B, N, K, H = 2, 2, 1, 8
   q, k, v = random(1, (B, N, T, H), (B, K, T, H), (B, K, T, H))
   segment = packed(np.random.default_rng(T), B, T, most)
   ids = jnp.broadcast_to(jnp.arange(T), (B, T)) if causal else None
