@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from pixel_jax.batch import Prompts
 from pixel_jax.model import kernels
-from pixel_jax.model.flash import NEVER, flash, sees
+from pixel_jax.model.flash import NEVER, flash, gather, sees
 
 IMPLS = ("xla", "splash", "cudnn")
 SPAN = 64  # queries that share a prefix of keys, at least
@@ -179,8 +179,7 @@ def _read(q, k_cache, v_cache, layer, last, seen):
   S = k_cache.shape[3]
   size = min(S, max(BLOCK, -(-S // 8)))  # at most eight blocks
 
-  def block(j, carry):
-    top, total, out = carry
+  def block(j, seen):
     start = jnp.minimum(j * size, S - size)  # the last block may overlap the one before
     at, shape = (layer, 0, 0, start, 0), (1, R, K, size, H)
     k, v = (jax.lax.dynamic_slice(c, at, shape)[0] for c in (k_cache, v_cache))
@@ -188,13 +187,7 @@ def _read(q, k_cache, v_cache, layer, last, seen):
     mask = (slot >= j * size) & (slot <= last[:, None])  # R size
     scores = jnp.einsum("RKQH,RKSH->RKQS", q, k, preferred_element_type=jnp.float32)
     scores = jnp.where(mask[:, None, None], scores, NEVER)
-    now = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
-    weights, shrink = jnp.exp(scores - now), jnp.exp(top - now)
-    new = jnp.einsum(
-      "RKQS,RKSH->RKQH", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    total = total * shrink + weights.sum(axis=-1, keepdims=True)
-    return now, total, out * shrink + new
+    return gather(seen, scores, v, "RKQS,RKSH->RKQH")
 
   # What a query with no key to see gathers meanwhile is wiped out by the first it sees.
   return jax.lax.fori_loop(0, last.max() // size + 1, block, seen)

@@ -45,12 +45,12 @@ def flash(
     queries, keys = ((jnp.ones((B, n), jnp.int32), None) for n in (T, S))
   size_q = _size(T, BLOCK)
   size_k = _size(S, 2 * BLOCK if queries[1] is None else BLOCK)
-  q = _pad(q.reshape(B, K, N // K, T, H), 3, size_q)
-  k, v = _pad(k, 2, size_k), _pad(v, 2, size_k)
+  q = pad(q.reshape(B, K, N // K, T, H), 3, size_q)
+  k, v = pad(k, 2, size_k), pad(v, 2, size_k)
   # Keys that are added belong to nobody and come after all.
-  queries = jax.tree.map(lambda x: _pad(x, 1, size_q), queries)
+  queries = jax.tree.map(lambda x: pad(x, 1, size_q), queries)
   keys = tuple(
-    None if x is None else _pad(x, 1, size_k, fill) for x, fill in zip(keys, (-1, FAR))
+    None if x is None else pad(x, 1, size_k, fill) for x, fill in zip(keys, (-1, FAR))
   )
   out = _flash(size_q, size_k, q, k, v, queries, keys)
   return out[..., :T, :].reshape(B, N, T, H)
@@ -62,10 +62,11 @@ def _size(length: int, most: int) -> int:
   return -(-length // (16 * count)) * 16
 
 
-def _pad(x, axis, size, fill=0):
-  pad = [(0, 0)] * x.ndim
-  pad[axis] = (0, -x.shape[axis] % size)
-  return jnp.pad(x, pad, constant_values=fill)
+def pad(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
+  """`x` with whole blocks of `size` along the axis."""
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, -x.shape[axis] % size)
+  return jnp.pad(x, widths, constant_values=fill)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -82,14 +83,10 @@ def _forward(size_q, size_k, q, k, v, queries, keys):
     q = q * H**-0.5
 
     def block(j, seen):
-      top, total, out = seen
       kj, vj, keys_j = _at(j, size_k, k, v, keys)
       mask = sees(queries, keys_j)[:, None, None]
       scores = jnp.where(mask, _product("BKGTH,BKSH->BKGTS", q, kj), NEVER)
-      now = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
-      weights, shrink = jnp.exp(scores - now), jnp.exp(top - now)
-      total = total * shrink + weights.sum(axis=-1, keepdims=True)
-      return now, total, out * shrink + _product("BKGTS,BKSH->BKGTH", weights, vj)
+      return gather(seen, scores, vj, "BKGTS,BKSH->BKGTH")
 
     # What a query gathers before it sees a key is wiped out by the first it sees.
     one = jnp.zeros((B, K, G, size_q, 1), jnp.float32)
@@ -143,6 +140,15 @@ def _backward(size_q, size_k, kept, d_out):
 
 
 _flash.defvjp(_forward, _backward)
+
+
+def gather(seen, scores, v, equation: str):
+  """Goes on with a running softmax, (maximum, sum, weighted values), over more keys."""
+  top, total, out = seen
+  now = jnp.maximum(top, scores.max(axis=-1, keepdims=True))
+  weights, shrink = jnp.exp(scores - now), jnp.exp(top - now)
+  total = total * shrink + weights.sum(axis=-1, keepdims=True)
+  return now, total, out * shrink + _product(equation, weights, v)
 
 
 def sees(queries: Ids, keys: Ids) -> Bool[Array, "B T S"] | None:

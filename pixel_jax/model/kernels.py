@@ -45,10 +45,10 @@ def splash(
     segment_q, segment_k = jnp.ones((B, T), jnp.int32), jnp.ones((B, S), jnp.int32)
   # Whole blocks; what is added is a segment that nobody else sees.
   size_q, size_k = _block(T), _block(S)
-  q = _pad(q * H**-0.5, 2, size_q)
-  k, v = _pad(k, 2, size_k), _pad(v, 2, size_k)
-  segment_q = _pad(segment_q, 1, size_q, fill=-1)
-  segment_k = _pad(segment_k, 1, size_k, fill=-1)
+  q = flash.pad(q * H**-0.5, 2, size_q)
+  k, v = flash.pad(k, 2, size_k), flash.pad(v, 2, size_k)
+  segment_q = flash.pad(segment_q, 1, size_q, fill=-1)
+  segment_k = flash.pad(segment_k, 1, size_k, fill=-1)
 
   def local(q, k, v, segment_q, segment_k):
     N, T, S = *q.shape[1:3], k.shape[2]
@@ -125,12 +125,6 @@ def _block(length: int) -> int:
   while size < BLOCK and -length % (2 * size) <= length // 8:
     size *= 2
   return size
-
-
-def _pad(x: jax.Array, axis: int, size: int, fill: int = 0) -> jax.Array:
-  pad = [(0, 0)] * x.ndim
-  pad[axis] = (0, -x.shape[axis] % size)
-  return jnp.pad(x, pad, constant_values=fill)
 
 
 def cudnn(
