@@ -419,14 +419,13 @@ def sft():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [*layouts.TRACES, *layouts.QUESTIONS])
-def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path_factory):
+def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path):
   from pixel_jax import train_sft
 
-  root = tmp_path_factory.mktemp("data")
   config = ml_collections.ConfigDict(sft.to_dict())
-  config.data.root = str(root)
-  config.data.uri = config.eval.uri = layout(root, 8)
-  workdir = tmp_path_factory.getbasetemp() / "runs" / layout.__name__
+  config.data.root = str(tmp_path)
+  config.data.uri = config.eval.uri = layout(tmp_path, 8)
+  workdir = tmp_path / "run"
   train_sft.main(config, workdir)
   (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   assert np.isfinite([line["loss"], line["eval/loss"]]).all()
@@ -438,19 +437,18 @@ def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("share", [0.0, 0.5])
-def test_sft_of_texts_with_a_frozen_tower(share, sft, tmp_path_factory):
+def test_sft_of_texts_with_a_frozen_tower(share, sft, tmp_path):
   """Alone and between pictures; the tower's features are kept, and may be none."""
   from pixel_jax import train_sft
 
-  root = tmp_path_factory.mktemp("data")
   config = ml_collections.ConfigDict(sft.to_dict())
-  config.data.root, config.optim.freeze = str(root), ("^vision/",)
-  config.data.uri = config.eval.uri = layouts.text_only(root, 8)
+  config.data.root, config.optim.freeze = str(tmp_path), ("^vision/",)
+  config.data.uri = config.eval.uri = layouts.text_only(tmp_path, 8)
   if share:
     config.data.update(
-      uri=f"{config.data.uri},{layouts.ours(root, 8)}", weights=(1 - share, share)
+      uri=f"{config.data.uri},{layouts.ours(tmp_path, 8)}", weights=(1 - share, share)
     )
-  workdir = tmp_path_factory.getbasetemp() / "runs" / f"texts-{share}"
+  workdir = tmp_path / "run"
   train_sft.main(config, workdir)
   (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   assert np.isfinite([line["loss"], line["eval/loss"]]).all() and line["loss"] > 0
@@ -459,17 +457,16 @@ def test_sft_of_texts_with_a_frozen_tower(share, sft, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_sft_of_a_mixture_with_weights_and_a_filter(sft, tmp_path_factory):
+def test_sft_of_a_mixture_with_weights_and_a_filter(sft, tmp_path):
   from pixel_jax import train_sft
 
-  root = tmp_path_factory.mktemp("data")
   config = ml_collections.ConfigDict(sft.to_dict())
-  config.data.root = str(root)
-  uri = layouts.mini_o3(root, 4)
+  config.data.root = str(tmp_path)
+  uri = layouts.mini_o3(tmp_path, 4)
   config.data.update(uri=f"{uri},world:train/image", weights=(0.5, 0.5))
   config.data.filter.max_pixels = 252 * 252 - 1  # the world's pictures have one more
   config.eval.uri = uri
-  workdir = tmp_path_factory.getbasetemp() / "runs" / "mixture"
+  workdir = tmp_path / "run"
   train_sft.main(config, workdir)
   (line,) = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
   assert line["data/records"] == 8 and line["data/left_out"] > 0

@@ -32,7 +32,7 @@ def rl():
 
 
 @pytest.fixture
-def run(rl, tmp_path_factory, monkeypatch):
+def run(rl, tmp_path, monkeypatch):
   """Runs on a URI; a policy that knows nothing is rewarded for something."""
   monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
 
@@ -41,7 +41,7 @@ def run(rl, tmp_path_factory, monkeypatch):
     config.total_steps = config.save_every = steps
     config.data.update(root=str(root), uri=uri, **data)
     config.eval.uri = eval_uri or uri
-    workdir = tmp_path_factory.getbasetemp() / "runs" / name
+    workdir = tmp_path / "runs" / name
     train_rl.main(config, workdir)
     text = (workdir / "metrics.jsonl").read_text()
     played = [
