@@ -18,18 +18,40 @@ class Pod:
   devices: int
   host: int  # devices of one
   attention: str  # kernel: ModelConfig.attention
+  compiler: dict  # flags of train steps
 
+
+# For train steps: collectives beside the matmuls that do not wait for them.  MaxText's
+# choice; the compilers accept it, how much it gains was not measured here.
+TPU = {
+  "xla_tpu_enable_async_collective_fusion": True,
+  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+  "xla_tpu_overlap_compute_collective_tc": True,
+  "xla_enable_async_all_gather": True,
+}
+# libtpu 0.0.42.1 dies of an all-reduce on the sparse cores, where tpu7x puts it by itself
+# (`offload_collective_strategies.cc: abs(inc) < core_count()`).
+TPU7X = TPU | {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
+GPU = {
+  "xla_gpu_enable_latency_hiding_scheduler": True,
+  "xla_gpu_enable_pipelined_all_gather": True,
+  "xla_gpu_enable_pipelined_reduce_scatter": True,
+  "xla_gpu_enable_while_loop_double_buffering": True,
+  "xla_gpu_all_gather_combine_threshold_bytes": 134217728,
+  "xla_gpu_reduce_scatter_combine_threshold_bytes": 134217728,
+}
 
 # v5p and tpu7x are named after their cores, two a chip: v5p-128 has 64 chips.
 PODS = {
-  "v5e:8x8": Pod("v5litepod-64", 64, 64, 4, "splash"),
-  "v5e:16x16": Pod("v5litepod-256", 256, 256, 4, "splash"),
-  "v5p:4x4x4": Pod("v5p-128", 64, 64, 4, "splash"),
-  "v6e:8x8": Pod("v6e-64", 64, 64, 4, "splash"),
-  "v6e:16x16": Pod("v6e-256", 256, 256, 4, "splash"),
-  "tpu7x:4x4x4": Pod("tpu7x-128", 64, 128, 8, "splash"),
-  "h200:1": Pod("one H200", 1, 1, 1, "cudnn"),
-  "h200:8": Pod("8 x H200", 8, 8, 8, "cudnn"),
+  "v5e:8x8": Pod("v5litepod-64", 64, 64, 4, "splash", TPU),
+  "v5e:16x16": Pod("v5litepod-256", 256, 256, 4, "splash", TPU),
+  "v5p:4x4x4": Pod("v5p-128", 64, 64, 4, "splash", TPU),
+  "v6e:8x8": Pod("v6e-64", 64, 64, 4, "splash", TPU),
+  "v6e:16x16": Pod("v6e-256", 256, 256, 4, "splash", TPU),
+  "tpu7x:4x4x4": Pod("tpu7x-128", 64, 128, 8, "splash", TPU7X),
+  "h200:1": Pod("one H200", 1, 1, 1, "cudnn", {}),
+  "h200:8": Pod("8 x H200", 8, 8, 8, "cudnn", GPU),
 }
 
 # (size, topology) -> rows of 8192 tokens a device takes at a time, remat, the rest by
@@ -88,27 +110,6 @@ RL = {
   ("72b", "h200:8"): (4, 16, "full", {"lora.rank": 32}),
 }
 
-# For train steps: collectives beside the matmuls that do not wait for them.  MaxText's
-# choice; the compilers accept it, how much it gains was not measured here.
-TPU = {
-  "xla_tpu_enable_async_collective_fusion": True,
-  "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-  "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-  "xla_tpu_overlap_compute_collective_tc": True,
-  "xla_enable_async_all_gather": True,
-}
-# libtpu 0.0.42.1 dies of an all-reduce on the sparse cores, where tpu7x puts it by itself
-# (`offload_collective_strategies.cc: abs(inc) < core_count()`).
-TPU7X = TPU | {"xla_tpu_enable_sparse_core_collective_offload_all_reduce": False}
-GPU = {
-  "xla_gpu_enable_latency_hiding_scheduler": True,
-  "xla_gpu_enable_pipelined_all_gather": True,
-  "xla_gpu_enable_pipelined_reduce_scatter": True,
-  "xla_gpu_enable_while_loop_double_buffering": True,
-  "xla_gpu_all_gather_combine_threshold_bytes": 134217728,
-  "xla_gpu_reduce_scatter_combine_threshold_bytes": 134217728,
-}
-
 
 def fit(c, kind, size, topology):
   """Changes the config `c` of this size to the preset for a topology; "" leaves it."""
@@ -126,9 +127,7 @@ def fit(c, kind, size, topology):
     )
   pod = PODS[topology]
   c.topology, c.accelerator, c.chips = topology, pod.accelerator, pod.chips
-  if pod.devices > 1:
-    tpu = TPU7X if topology.startswith("tpu7x") else TPU
-    c.compiler = dict(GPU if pod.attention == "cudnn" else tpu)
+  c.compiler = dict(pod.compiler)
   if kind == "sft":
     each, remat, more = presets[size, topology]
     c.data.rows = each * pod.devices

@@ -6,7 +6,7 @@ A step: the policy answers `prompts_per_step` questions `group_size` times each,
 closer where it likes; the answers are judged; the curiosity reward is added; groups
 become advantages; one or several clipped updates follow.  Running the same command on
 the same workdir continues where it stopped, bit for bit.  SIGTERM saves and leaves: it
-gives up the rollouts of the step, or waits for the end of its updates.
+gives the step up, or finishes it where one of its updates is already applied.
 """
 
 import collections
@@ -87,12 +87,18 @@ def main(config, workdir):
 
   learned = optim.list_paths(trained)
 
-  def update(state, batches, own, tokens):
-    """One optimizer step over micro-batches of `own` tokens; `tokens` normalises."""
+  def update(state, batches, own, tokens, stop):
+    """One optimizer step over micro-batches of `own` tokens; `tokens` normalises.
+
+    None where `stop()` said so before the state was changed.
+    """
     total, told = zeros(), []
     for batch in batches:
       total, t = accumulate(total, state["params"], batch, np.float32(tokens))
       told.append(parallel.settle(t))
+      jax.block_until_ready(told[-2:][0])  # else all are sent before the first is done
+      if stop():
+        return None
     state, m = apply(state, total)
     (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
     work = {k: float(sum(w[k] for w in work)) for k in work[0]}
@@ -166,9 +172,15 @@ def main(config, workdir):
       for batches, own in plan:
         # Rollouts without an advantage have no gradient, but they count as tokens.
         tokens = max(work["tokens"], 1.0) if alone else own
-        state, um, spent = update(state, batches, own, tokens)
+        stop = (lambda: False) if updated else notice.agreed
+        if (done := update(state, batches, own, tokens, stop)) is None:
+          break
+        state, um, spent = done
         updated.append(um)
         cost.update(spent)
+      if len(updated) < len(plan):  # given up, too
+        questions.set_state(unread)
+        break
       m |= average(updated)
       m["optim/skipped"] = float(not plan)
     step += 1

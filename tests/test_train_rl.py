@@ -3,6 +3,8 @@
 import collections
 import importlib
 import json
+import os
+import signal
 
 import layouts
 import ml_collections
@@ -108,3 +110,44 @@ def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
   assert kinds[0] and kinds[1]
   assert lines[-1]["data/bad_records"] > 0 and lines[-1]["data/left_out"] > 0
   assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
+
+
+def test_told_to_leave_in_an_update(rl, tmp_path, monkeypatch):
+  """Before the first of its updates the step is given up, after it it is finished."""
+  monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+  config = ml_collections.ConfigDict(rl.to_dict())
+  config.total_steps, config.rl.minibatches = 3, 2
+  config.data.update(root=str(tmp_path), uri=layouts.text_only(tmp_path, 8))
+  config.eval.uri = config.data.uri
+  made, told, calls = train_rl.programs, [], []
+
+  def programs(*args):
+    zeros, accumulate, apply, old_logp = made(*args)
+
+    def noted(name, f):
+      def call(*args):
+        calls.append(name)
+        if len(calls) in told:
+          os.kill(os.getpid(), signal.SIGTERM)
+        return f(*args)
+
+      return call
+
+    return zeros, noted("accumulate", accumulate), noted("apply", apply), old_logp
+
+  def start(name, *at):
+    """The metrics, after a SIGTERM at the calls `at` of accumulate and apply."""
+    calls[:], told[:] = [], at
+    train_rl.main(config, tmp_path / name)
+    lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    return [{k: v for k, v in r.items() if not k.startswith("perf/")} for r in rows]
+
+  monkeypatch.setattr(train_rl, "programs", programs)
+  whole = start("whole")
+  first, second = [i for i, name in enumerate(calls, 1) if name == "apply"][2:4]
+  assert len(whole) == 3 and first + 1 < second
+  for at, steps in ((first - 1, 1), (first + 1, 2)):
+    assert start(f"told{at}", at) == whole[:steps]
+    assert (tmp_path / f"told{at}" / "checkpoints" / str(steps)).is_dir()
+    assert start(f"told{at}") == whole
