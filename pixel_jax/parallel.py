@@ -30,6 +30,7 @@ from pixel_jax.batch import Batch
 log = logging.getLogger(__name__)
 
 AXES = ("data", "fsdp", "tensor")
+ENGINE_AXES = ("engine", "tensor_major", "engine_minor", "tensor")  # _engine_grid
 ROWS = PartitionSpec(("data", "fsdp"))  # axis 0 of everything in a Batch
 LOST = 30  # seconds without a heartbeat after which a process counts as dead
 _barriers = itertools.count()
@@ -94,11 +95,19 @@ def _is_many(env: Mapping[str, str]) -> bool:
 
 
 def devices(among: Sequence[jax.Device] | None = None) -> list[jax.Device]:
-  """The device list of the run, or of `among`: slice by slice, host by host."""
-  return sorted(
-    jax.devices() if among is None else among,
-    key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id),
-  )
+  """The device list of the run, or of `among`: slice by slice, host by host.
+
+  TPUs come as they lie on their torus instead, though a host's (a block of 2 x 2) are
+  then apart: of three dimensions the compiler gathers in that order only.  In any other
+  it adds up whole weights, twice the bytes (docs/pods.md).
+  """
+
+  def place(d):
+    host = d.process_index, d.id
+    near = (*reversed(d.coords), d.core_on_chip) if d.platform == "tpu" else host
+    return getattr(d, "slice_index", None) or 0, *near
+
+  return sorted(jax.devices() if among is None else among, key=place)
 
 
 def barrier(name: str, timeout: int = 3600) -> None:
@@ -238,13 +247,17 @@ def make_mesh(
     )
   if used < len(everything):
     _once(f"mesh {sizes} uses {used} of {len(everything)} devices")
-  if jax.process_count() > 1 and jax.local_device_count() % sizes["tensor"]:
+  mesh = _mesh(everything[:used], tuple(sizes.values()), AXES)
+  if not _within_hosts(mesh.devices.reshape(-1, sizes["tensor"])):
     raise ValueError(
-      f"mesh {sizes}: a tensor group must lie within a host of "
-      f"{jax.local_device_count()} devices, so that each host fills whole rows. "
-      "Lower tensor and raise fsdp."
+      f"mesh {sizes}: a tensor group must lie within a host, so that each host fills "
+      "whole rows. Lower tensor and raise fsdp."
     )
-  return _mesh(everything[:used], tuple(sizes.values()), AXES)
+  return mesh
+
+
+def _within_hosts(groups: np.ndarray) -> bool:
+  return all(len({d.process_index for d in group}) == 1 for group in groups)
 
 
 def _mesh(
@@ -272,21 +285,34 @@ def by_rows(x: jax.Array) -> jax.Array:
   return jax.lax.with_sharding_constraint(x, ROWS)
 
 
-def map_rows(function: Callable, *rows: jax.Array, whole: Any) -> Any:
+def map_rows(function: Callable, *rows: jax.Array, whole: jax.Array, axis: int) -> Any:
   """function(*rows, whole), each device on its own rows and all of `whole`.
 
   `whole` is gathered once and its gradient added up once, however often a loop of
   `function` reads it.  The mesh is that of `on`; without one nothing is mapped.  Axes
   other than those of the rows stay XLA's.
+
+  Args:
+    axis: of `whole`, over which "fsdp" has cut it where it divides.  Told, it is
+      gathered as it comes; left to XLA it was gathered in f32 and narrowed afterwards.
   """
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return function(*rows, whole)
+  cut = whole.shape[axis] % mesh.shape["fsdp"] == 0
+
+  def gathered(*args):
+    *rows, x = args
+    return function(
+      *rows, jax.lax.all_gather(x, "fsdp", axis=axis, tiled=True) if cut else x
+    )
+
   # An axis of one device comes along: XLA on CPUs dies of a sum in bf16 otherwise.
   mapped = {a for a, size in mesh.shape.items() if a in ROWS[0] or size == 1}
+  lies = PartitionSpec(*[None] * axis, "fsdp") if cut else PartitionSpec()
   return jax.shard_map(
-    function,
-    in_specs=(*[ROWS] * len(rows), PartitionSpec()),
+    gathered,
+    in_specs=(*[ROWS] * len(rows), lies),
     out_specs=ROWS,
     axis_names=mapped,
     check_vma=False,
@@ -375,16 +401,6 @@ def _once(message: str) -> None:
 # ---- Rows ----------------------------------------------------------------------------
 
 
-def row_range(mesh: Mesh, num_rows: int) -> slice:
-  """Which rows of a global batch this process fills: a contiguous block."""
-  check_rows(mesh, num_rows)
-  groups = mesh.shape["data"] * mesh.shape["fsdp"]
-  first = mesh.devices.reshape(groups, -1)[:, 0]
-  mine = [i for i, d in enumerate(first) if d.process_index == jax.process_index()]
-  each = num_rows // groups
-  return slice(mine[0] * each, (mine[-1] + 1) * each)
-
-
 def check_rows(mesh: Mesh, num_rows: int) -> None:
   groups = mesh.shape["data"] * mesh.shape["fsdp"]
   if num_rows % groups:
@@ -399,7 +415,8 @@ def to_devices(mesh: Mesh, rows: Mapping[str, np.ndarray | None]) -> Batch:
   """The rows of this process -> the global Batch, axis 0 over (data, fsdp).
 
   Args:
-    rows: the fields of Batch; axis 0 holds this process's block of `row_range`.
+    rows: the fields of Batch; axis 0 holds those of this process's devices, in the
+      order of the mesh.
   """
   return Batch(**{k: None if x is None else put_rows(mesh, x) for k, x in rows.items()})
 
@@ -415,14 +432,32 @@ def put_rows(mesh: Mesh, x: np.ndarray) -> jax.Array:
 
 
 def engine_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
-  """The rollout mesh ("engine", "tensor") over the devices of `mesh`, in its order."""
-  flat = list(mesh.devices.flat)
+  """The rollout mesh ("engine", "tensor") over the devices of `mesh`."""
+  groups = _engine_grid(mesh, tensor).transpose(0, 2, 1, 3).reshape(-1, tensor)
+  return _mesh(list(groups.flat), groups.shape, ("engine", "tensor"))
+
+
+def _engine_grid(mesh: Mesh, tensor: int) -> np.ndarray:
+  """The devices of `mesh`, in its order, as [a b c d]: an engine is [i : j :] on a host.
+
+  Where a host's devices follow one another b = c = 1; a v5p has two and, a row of its
+  torus later, two.
+  """
+  flat = mesh.devices.reshape(-1)
+  cuts = [(1, 1)] + [
+    (apart, gap)
+    for apart in range(2, tensor + 1)
+    for gap in range(2, flat.size // tensor + 1)
+    if tensor % apart == 0 and flat.size % (tensor * gap) == 0
+  ]
+  for apart, gap in cuts if flat.size % tensor == 0 else []:
+    grid = flat.reshape(-1, apart, gap, tensor // apart)
+    if _within_hosts(grid.transpose(0, 2, 1, 3).reshape(-1, tensor)):
+      return grid
   local = sum(d.process_index == flat[0].process_index for d in flat)
-  if local % tensor:
-    raise ValueError(
-      f"engines of {tensor} devices do not fill a host of {local}; use a divisor of it"
-    )
-  return _mesh(flat, (len(flat) // tensor, tensor), ("engine", "tensor"))
+  raise ValueError(
+    f"engines of {tensor} devices do not fill a host of {local}; use a divisor of it"
+  )
 
 
 def to_engines(
@@ -445,27 +480,41 @@ def to_engines(
   leaf = jax.tree.leaves(params)[0]
   if len(leaf.sharding.device_set) == 1 and tensor == 1:  # they lie there already
     return [params if prepare is None else _jit(prepare)(params)]
-  mesh = engine_mesh(leaf.sharding.mesh, tensor)
-  params = settle(resharder(mesh, params, logical_axes, prepare)(params))
-  mine = [row for row in mesh.devices if row[0].process_index == jax.process_index()]
+  mesh = leaf.sharding.mesh
+  params = settle(resharder(mesh, tensor, params, logical_axes, prepare)(params))
+  rows = engine_mesh(mesh, tensor).devices
+  mine = [row for row in rows if row[0].process_index == jax.process_index()]
   return [_local(params, list(row)) for row in mine]
 
 
 def resharder(
   mesh: Mesh,
+  tensor: int,
   params: dict,
   logical_axes: dict | None = None,
   prepare: Callable[[dict], dict] | None = None,
 ):
-  """The jitted program of `to_engines`: params, real or abstract -> laid out on `mesh`.
+  """The jitted program of `to_engines`: params, real or abstract, as engines take them.
 
   Without logical_axes every engine gets whole weights.
+
+  Args:
+    mesh: where params lie.
   """
   prepare = prepare or _as_they_are
   made = jax.eval_shape(prepare, params)
   if logical_axes is None:
     logical_axes = jax.tree.map(lambda x: (None,) * x.ndim, made)
-  flat, tree = jax.tree.flatten(shardings(mesh, logical_axes, made))
+  flat, tree = jax.tree.flatten(
+    shardings(engine_mesh(mesh, tensor), logical_axes, made)
+  )
+  # A program has one order of devices, and the parameters come in that of `mesh`.
+  grid = _engine_grid(mesh, tensor)
+  ordered = _mesh(list(grid.flat), grid.shape, ENGINE_AXES)
+  flat = [
+    NamedSharding(ordered, PartitionSpec(*(e and ENGINE_AXES[1::2] for e in x.spec)))
+    for x in flat
+  ]
   return _resharder(prepare, tuple(flat), tree)
 
 
@@ -484,7 +533,7 @@ def _resharder(prepare, flat, tree):
 def local_sharding(x: Any, group: list[jax.Device]) -> NamedSharding:
   """Where one engine, a tensor group, has its part of x, laid out by `resharder`."""
   mesh = _mesh(group, (len(group),), ("tensor",))
-  entries = (e if e == "tensor" else None for e in x.sharding.spec)
+  entries = (e and "tensor" for e in x.sharding.spec)
   return NamedSharding(mesh, PartitionSpec(*entries))
 
 

@@ -164,7 +164,6 @@ def test_rows_lie_over_data_and_fsdp_and_keep_their_bits():
     value = getattr(batch, name)
     np.testing.assert_array_equal(value, given[name])
     assert value.dtype == given[name].dtype
-  assert parallel.row_range(mesh, 8) == slice(0, 8)
 
 
 def test_rows_that_do_not_divide_and_unknown_fields_are_errors():
@@ -232,8 +231,7 @@ mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
 assert [d.process_index for d in mesh.devices.flat] == [0] * 4 + [1] * 4
 
 whole = np.arange(8 * 3).reshape(8, 3)
-mine = parallel.row_range(mesh, 8)
-assert mine == slice(4 * rank, 4 * rank + 4), mine
+mine = slice(4 * rank, 4 * rank + 4)
 x = parallel.put_rows(mesh, whole[mine])
 assert x.shape == (8, 3)
 weighted = jax.jit(lambda x: (x * jnp.arange(8)[:, None]).sum())(x)
@@ -263,6 +261,30 @@ assert len(engines) == 2
 for engine in engines:  # a program of this host alone
   assert float(jax.jit(jnp.sum)(engine["w"])) == value.sum()
   assert all(d.process_index == rank for d in engine["w"].devices())
+
+# As on a torus: of this host's four devices two, then two of the other, then two again.
+near = parallel.devices()
+parallel.devices = lambda among: [near[i] for i in (0, 1, 4, 5, 2, 3, 6, 7)]
+torus = parallel.make_mesh(data=1, fsdp=4, tensor=2)
+rows = np.array([0, 1, 4, 5]) + 2 * rank
+x = parallel.put_rows(torus, whole[rows])
+weighted = jax.jit(lambda x: (x * jnp.arange(8)[:, None]).sum())(x)
+assert int(weighted) == (whole * np.arange(8)[:, None]).sum()
+lie = parallel.shardings(torus, axes, {"w": value})["w"]
+spread = {"w": jax.make_array_from_callback((8, 8), lie, lambda i: value[i])}
+for tensor in (1, 2, 4):
+  engines = parallel.to_engines(spread, axes, tensor=tensor)
+  assert len(engines) == 4 // tensor
+  for engine in engines:
+    assert len(engine["w"].devices()) == tensor
+    assert all(d.process_index == rank for d in engine["w"].devices())
+    np.testing.assert_array_equal(engine["w"], value)
+for size in (4, 8):
+  try:
+    parallel.make_mesh(data=-1, tensor=size)
+    raise SystemExit("a tensor group of two hosts was not noticed")
+  except ValueError as error:
+    assert "must lie within a host" in str(error), error
 
 tx, _ = optim.make(params, lr=1e-3, total_steps=2)
 state = {"params": params, "opt": optim.init(tx, params)}

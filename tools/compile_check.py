@@ -185,6 +185,7 @@ def open_devices(name: str, slices: int) -> list[jax.Device]:
         platform="cuda", topology_name=name, target_config=H200, topology=f"1x1x{shape}"
       ).devices
     more = {"num_slices": slices} if slices > 1 else {}
+    more["wrap"] = compile_cost.wraps([int(n) for n in shape.split("x")])
     return topologies.get_topology_desc(
       platform="tpu", topology_name=name, **more
     ).devices

@@ -9,6 +9,7 @@ a chip on tpu7x, and its figures here are those of the half.
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 from pixel_jax.model import flops
 from pixel_jax.model.config import ModelConfig
@@ -42,6 +43,16 @@ class Topology:
 
   accelerator: str
   chips: int
+
+
+def wraps(shape: Sequence[int]) -> list[bool]:
+  """Which of the three dimensions of a slice close to a ring, as MaxText's table says.
+
+  Of v5e and v6e those of 16 chips; of v5p and tpu7x all, in slices of whole cubes of 4.
+  """
+  if len(shape) == 2:
+    return [n == 16 for n in shape] + [False]
+  return [all(n % 4 == 0 for n in shape)] * 3
 
 
 def _tpus() -> dict[str, Topology]:

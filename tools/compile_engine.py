@@ -39,8 +39,8 @@ def programs(run: Run) -> Iterator[Program]:
   mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
   prepare = functools.partial(fleet.prepare, run.model)
   axes = hf.logical_axes(run.model.merged)
-  reshard = parallel.resharder(mesh, train, axes, prepare)
-  group = list(run.mesh.devices.flat)[:tensor]
+  reshard = parallel.resharder(run.mesh, tensor, train, axes, prepare)
+  group = list(mesh.devices[0])
   params = jax.tree.map(
     lambda x: x.update(sharding=parallel.local_sharding(x, group)),
     reshard.eval_shape(train),
@@ -67,7 +67,9 @@ def refusal(run: Run, limit: float) -> str | None:
     "8 slots": 8 * slot_bytes(run),
   }
   if sum(held.values()) <= limit:
-    if tensor == 1 or _reach_each_other(run.mesh.devices.flat[:tensor]):
+    if tensor == 1 or _reach_each_other(
+      parallel.engine_mesh(run.mesh, tensor).devices[0]
+    ):
       return None
     return (
       f"the compiler has no route among {tensor} devices within a slice of "

@@ -29,6 +29,7 @@ CLOSE = re.compile(r"\}(, execution_thread=.*)?$")  # of a v5p's sparse core, to
 LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 CALL = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
+ALONE = re.compile(r"replica_groups=(\{\{\d+\}|\[\d+,1\])")  # moves nothing
 CALLS = re.compile(r"(branch_computations|called_computations)=\{([^}]*)\}")
 
 
@@ -96,7 +97,7 @@ def _collectives(program, name, times, loop) -> Iterator[Collective]:
   sizes = {op.name: op.bytes for op in ops}
   for op in ops:
     kind = op.kind.removesuffix("-start")
-    if kind in KINDS:
+    if kind in KINDS and not ALONE.search(op.rest):
       operands = re.findall(r"%([\w.\-]+)", op.rest.split(")")[0])
       given = sum(sizes.get(o, 0) for o in operands)
       got = op.bytes - given * (op.kind != kind)  # of "-start": (operands, results)

@@ -188,6 +188,7 @@ def token_logp(
     jnp.roll(batch.tokens, -1, axis=1),
     jnp.pad(known, [(0, 0), (0, 1)]),
     whole=head,
+    axis=equation.split(",")[1].index("D"),
   )
   return tuple(jnp.pad(x[:, :-1], [(0, 0), (1, 0)]) for x in out)
 

@@ -45,16 +45,15 @@ class Fleet:
     tensor: int = 1,
   ):
     rows = parallel.engine_mesh(mesh, tensor).devices
-    mine = [
-      i for i, row in enumerate(rows) if row[0].process_index == jax.process_index()
-    ]
+    mine = sum(row[0].process_index == jax.process_index() for row in rows)
     if shards % len(rows):
       raise ValueError(
         f"{shards=} of the data for {len(rows)} engines of {tensor=} devices: an engine "
         "plays whole shards. Make data.shards a multiple of the engines, or tensor larger."
       )
-    self.first, self.each = mine[0], shards // len(rows)  # shards of an engine
-    self.engines = [make() for _ in mine]
+    self.each = shards // len(rows)  # shards of an engine
+    self.first = jax.process_index() * mine  # engine of this host
+    self.engines = [make() for _ in range(mine)]
     self._tensor, self._axes = tensor, hf.logical_axes(config.merged)
     self._prepare = functools.partial(prepare, config)
 
