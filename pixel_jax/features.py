@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pixel_jax import parallel
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
-from pixel_jax.rollout import pictures
+from pixel_jax.rollout import pictures, placement
 
 GIB = 1 << 30
 
@@ -81,7 +81,7 @@ class Bank:
 
   def __init__(self, config: ModelConfig, tower: dict, patches: int, capacity: int):
     narrow = jax.jit(functools.partial(qwen2_5_vl.cast, config))(tower)
-    copies = parallel.to_engines(narrow)
+    copies = placement.to_engines(narrow)
     devices = [next(iter(jax.tree.leaves(copy)[0].devices())) for copy in copies]
     self._mesh = parallel.make_mesh(among=devices)
     self._tower = jax.tree.map(self._together, *copies)

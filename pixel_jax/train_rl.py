@@ -172,13 +172,14 @@ def main(config, workdir):
       for batches, own in plan:
         # Rollouts without an advantage have no gradient, but they count as tokens.
         tokens = max(work["tokens"], 1.0) if alone else own
+        # What is applied cannot be taken back: the step is then finished.
         stop = (lambda: False) if updated else notice.agreed
         if (done := update(state, batches, own, tokens, stop)) is None:
           break
         state, um, spent = done
         updated.append(um)
         cost.update(spent)
-      if len(updated) < len(plan):  # given up, too
+      if len(updated) < len(plan):  # given up, as above
         questions.set_state(unread)
         break
       m |= average(updated)

@@ -15,6 +15,7 @@ import pytest
 
 from configs import pods, rl, sft
 from pixel_jax import parallel
+from pixel_jax.rollout import placement
 
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -272,7 +273,7 @@ def test_devices_of_a_torus_come_as_they_lie_on_it():
     )
     at = [(*reversed(d.coords), d.core_on_chip) for d in mesh.devices.flat]
     assert at == sorted(at)
-    engines = parallel.engine_mesh(mesh, tensor).devices
+    engines = placement.engine_mesh(mesh, tensor).devices
     assert engines.shape == (mesh.size // tensor, tensor)
     assert {d.id for d in engines.flat} == {d.id for d in mesh.devices.flat}
     assert all(len({d.process_index for d in row}) == 1 for row in engines)

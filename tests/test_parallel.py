@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from pixel_jax import parallel
+from pixel_jax.rollout import placement
 
 P = PartitionSpec
 
@@ -195,18 +196,18 @@ def test_engines_get_local_weights_with_the_same_values():
   axes = {"q": ("embed", "heads"), "norm": ("embed",)}
   tree = {"q": jnp.arange(64.0).reshape(8, 8), "norm": jnp.arange(8.0)}
   params = jax.device_put(tree, parallel.shardings(mesh, axes, tree))
-  engines = parallel.to_engines(params, axes, tensor=2)
+  engines = placement.to_engines(params, axes, tensor=2)
   assert len(engines) == 4
   for i, engine in enumerate(engines):
     assert set(engine["q"].devices()) == set(parallel.devices()[2 * i : 2 * i + 2])
     assert engine["q"].sharding.spec == P(None, "tensor")
     jax.tree.map(np.testing.assert_array_equal, engine, tree)
-  low = parallel.to_engines(params, prepare=narrow)
+  low = placement.to_engines(params, prepare=narrow)
   assert len(low) == 8 and low[3]["q"].dtype == jnp.bfloat16
-  one = parallel.to_engines(params)[0]
+  one = placement.to_engines(params)[0]
   assert one["q"].devices() == {parallel.devices()[0]}
   with pytest.raises(ValueError, match="do not fill a host"):
-    parallel.to_engines(params, axes, tensor=3)
+    placement.to_engines(params, axes, tensor=3)
 
 
 def narrow(params):
@@ -215,7 +216,7 @@ def narrow(params):
 
 def test_one_device_is_not_copied():
   params = {"w": jnp.ones(3)}
-  assert parallel.to_engines(params)[0] is params
+  assert placement.to_engines(params)[0] is params
 
 
 # ---- Two processes -------------------------------------------------------------------
@@ -225,6 +226,7 @@ import sys, pathlib
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
 from pixel_jax import checkpoint, optim, parallel
+from pixel_jax.rollout import placement
 parallel.initialize()
 rank, work = jax.process_index(), pathlib.Path(sys.argv[1])
 mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
@@ -256,7 +258,7 @@ axes = {"w": ("embed", "heads")}
 value = np.arange(64.0, dtype=np.float32).reshape(8, 8)
 layout = parallel.shardings(mesh, axes, {"w": value})
 params = {"w": jax.make_array_from_callback((8, 8), layout["w"], lambda i: value[i])}
-engines = parallel.to_engines(params, axes, tensor=2)
+engines = placement.to_engines(params, axes, tensor=2)
 assert len(engines) == 2
 for engine in engines:  # a program of this host alone
   assert float(jax.jit(jnp.sum)(engine["w"])) == value.sum()
@@ -273,7 +275,7 @@ assert int(weighted) == (whole * np.arange(8)[:, None]).sum()
 lie = parallel.shardings(torus, axes, {"w": value})["w"]
 spread = {"w": jax.make_array_from_callback((8, 8), lie, lambda i: value[i])}
 for tensor in (1, 2, 4):
-  engines = parallel.to_engines(spread, axes, tensor=tensor)
+  engines = placement.to_engines(spread, axes, tensor=tensor)
   assert len(engines) == 4 // tensor
   for engine in engines:
     assert len(engine["w"].devices()) == tensor

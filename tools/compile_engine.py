@@ -1,6 +1,6 @@
 """The programs of a rollout with abstract arguments: the weights' way, and the engine's.
 
-As in `compile_programs`, nothing is defined here: `parallel` moves the weights, the
+As in `compile_programs`, nothing is defined here: `placement` moves the weights, the
 engine builds its own programs, and what is alive beside the arguments of each is added
 up as train_rl holds it.
 """
@@ -29,20 +29,20 @@ from pixel_jax.batch import Prompts
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
 from pixel_jax.model import hf, qwen2_5_vl
-from pixel_jax.rollout import decode, engine, fleet, pictures
+from pixel_jax.rollout import decode, engine, fleet, pictures, placement
 
 
 def programs(run: Run) -> Iterator[Program]:
   """Of one engine as train_rl uses it: a group of `fleet.tensor` devices of a host."""
   tensor, train = run.config.fleet.tensor, run.state["params"]
   held = device_bytes(run.state)  # stays where it is through the rollouts
-  mesh = start.call("fleet", parallel.engine_mesh, run.mesh, tensor)
+  mesh = start.call("fleet", placement.engine_mesh, run.mesh, tensor)
   prepare = functools.partial(fleet.prepare, run.model)
   axes = hf.logical_axes(run.model.merged)
-  reshard = parallel.resharder(run.mesh, tensor, train, axes, prepare)
+  reshard = placement.resharder(run.mesh, tensor, train, axes, prepare)
   group = list(mesh.devices[0])
   params = jax.tree.map(
-    lambda x: x.update(sharding=parallel.local_sharding(x, group)),
+    lambda x: x.update(sharding=placement.local_sharding(x, group)),
     reshard.eval_shape(train),
   )
   cost = compile_cost.Cost(bytes=device_bytes((train, params)))
@@ -68,7 +68,7 @@ def refusal(run: Run, limit: float) -> str | None:
   }
   if sum(held.values()) <= limit:
     if tensor == 1 or _reach_each_other(
-      parallel.engine_mesh(run.mesh, tensor).devices[0]
+      placement.engine_mesh(run.mesh, tensor).devices[0]
     ):
       return None
     return (

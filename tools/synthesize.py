@@ -27,7 +27,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 from pixel_jax import bucket, checkpoint, parallel, start, trajectory
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import distill, export, journal, sources, teacher, world
-from pixel_jax.rollout import engine
+from pixel_jax.rollout import engine, placement
 from pixel_jax.trajectory import Media, Task
 
 
@@ -238,7 +238,7 @@ class Local:
       # The key of its sampling is the task's id: of the request, not of its place.
       tasks.append(Task(f"{r.key('')}", f"{r.system}\n\n{r.text}", "-", media))
     groups = self.engine.run(
-      parallel.to_engines(self.policy.params)[0],
+      placement.to_engines(self.policy.params)[0],
       tasks,
       seed=0,
       step=0,

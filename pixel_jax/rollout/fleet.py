@@ -20,6 +20,7 @@ import jax
 from pixel_jax import parallel
 from pixel_jax.model import hf, qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
+from pixel_jax.rollout import placement
 from pixel_jax.rollout.engine import Engine, Finished
 from pixel_jax.trajectory import Task
 
@@ -44,7 +45,7 @@ class Fleet:
     shards: int,
     tensor: int = 1,
   ):
-    rows = parallel.engine_mesh(mesh, tensor).devices
+    rows = placement.engine_mesh(mesh, tensor).devices
     mine = sum(row[0].process_index == jax.process_index() for row in rows)
     if shards % len(rows):
       raise ValueError(
@@ -64,7 +65,7 @@ class Fleet:
     norm scales stay f32.
     """
     parallel.barrier("sync")
-    return parallel.to_engines(
+    return placement.to_engines(
       params, self._axes, tensor=self._tensor, prepare=self._prepare
     )
 
