@@ -208,6 +208,23 @@ def settle(x: Any) -> Any:
   return x
 
 
+def to_host(tree: Any) -> Any:
+  """Copies of what this process holds of a tree of arrays; `from_host` undoes it."""
+  return jax.tree.map(
+    lambda x: {s.device: np.array(s.data) for s in x.addressable_shards}, tree
+  )
+
+
+def from_host(kept: Any, tree: Any) -> Any:
+  """The arrays that `to_host` kept, laid out as those of `tree`, which may be others."""
+
+  def put(x, parts):
+    parts = [jax.device_put(part, device) for device, part in parts.items()]
+    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
+
+  return jax.tree.map(put, tree, kept)
+
+
 # ---- Meshes --------------------------------------------------------------------------
 
 

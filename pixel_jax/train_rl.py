@@ -5,8 +5,8 @@
 A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
 closer where it likes; the answers are judged; the curiosity reward is added; groups
 become advantages; one or several clipped updates follow.  Running the same command on
-the same workdir continues where it stopped, bit for bit.  SIGTERM saves and leaves: it
-gives the step up, or finishes it where one of its updates is already applied.
+the same workdir continues where it stopped, bit for bit.  SIGTERM gives up the step, saves
+the state before it and leaves.
 """
 
 import collections
@@ -87,17 +87,17 @@ def main(config, workdir):
 
   learned = optim.list_paths(trained)
 
-  def update(state, batches, own, tokens, stop):
+  def update(state, batches, own, tokens):
     """One optimizer step over micro-batches of `own` tokens; `tokens` normalises.
 
-    None where `stop()` said so before the state was changed.
+    None where SIGTERM came before the state was changed.
     """
     total, told = zeros(), []
     for batch in batches:
       total, t = accumulate(total, state["params"], batch, np.float32(tokens))
       told.append(parallel.settle(t))
       jax.block_until_ready(told[-2:][0])  # else all are sent before the first is done
-      if stop():
+      if notice.agreed():
         return None
     state, m = apply(state, total)
     (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
@@ -169,17 +169,17 @@ def main(config, workdir):
       if not alone:
         plan = [([before(state, b) for b in batches], own) for batches, own in plan]
       updated, cost = [], collections.Counter()
+      begun = parallel.to_host(state) if len(plan) > 1 else None
       for batches, own in plan:
         # Rollouts without an advantage have no gradient, but they count as tokens.
         tokens = max(work["tokens"], 1.0) if alone else own
-        # What is applied cannot be taken back: the step is then finished.
-        stop = (lambda: False) if updated else notice.agreed
-        if (done := update(state, batches, own, tokens, stop)) is None:
+        if (done := update(state, batches, own, tokens)) is None:
           break
         state, um, spent = done
         updated.append(um)
         cost.update(spent)
       if len(updated) < len(plan):  # given up, as above
+        state = parallel.from_host(begun, state) if updated else state
         questions.set_state(unread)
         break
       m |= average(updated)
