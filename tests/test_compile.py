@@ -177,7 +177,8 @@ def test_presets_are_laid_out_for_their_machines(kind):
     hosts = pod.devices // pod.host
     assert c.data.shards % hosts == 0  # each reads whole shards
     if kind == "sft":
-      assert c.data.rows % pod.devices == 0 and c.data.rows % c.data.shards == 0
+      groups = pod.devices // c.mesh.tensor
+      assert c.data.rows % groups == 0 and c.data.rows % c.data.shards == 0
     else:
       engines = pod.devices // c.fleet.tensor
       assert pod.host % c.fleet.tensor == 0 and c.data.shards % engines == 0
