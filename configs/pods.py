@@ -1,9 +1,8 @@
 """What a run takes over from the machines it is made for: `sft.py:7b,v5p:4x4x4`.
 
-docs/pods.md says which presets tools/compile_check.py has compiled and what it found; the
-others fit by formula.  A preset changes how a run is laid out: batch, memory, engines.
-How it learns stays that of the size, but for the rows of a batch, of which every device
-wants some.
+docs/pods.md says what tools/compile_check.py found when it compiled them.  A preset
+changes how a run is laid out: batch, memory, engines.  How it learns stays that of the
+size, but for the rows of a batch, of which every device wants some.
 """
 
 import dataclasses
