@@ -20,10 +20,11 @@ AXES = ("engine", "tensor_major", "engine_minor", "tensor")  # of _engine_grid
 
 def engine_mesh(mesh: Mesh, tensor: int = 1) -> Mesh:
   """The rollout mesh ("engine", "tensor") over the devices of `mesh`."""
-  groups = _engine_grid(mesh, tensor).transpose(0, 2, 1, 3).reshape(-1, tensor)
+  groups = _engines(_engine_grid(mesh, tensor))
   return parallel.arrange(list(groups.flat), groups.shape, ("engine", "tensor"))
 
 
+@functools.lru_cache(maxsize=8)  # asked for thrice a sync
 def _engine_grid(mesh: Mesh, tensor: int) -> np.ndarray:
   """The devices of `mesh`, in its order, as [a b c d]: an engine is [i : j :] on a host.
 
@@ -39,12 +40,17 @@ def _engine_grid(mesh: Mesh, tensor: int) -> np.ndarray:
   ]
   for apart, gap in cuts if flat.size % tensor == 0 else []:
     grid = flat.reshape(-1, apart, gap, tensor // apart)
-    if parallel.within_hosts(grid.transpose(0, 2, 1, 3).reshape(-1, tensor)):
+    if parallel.within_hosts(_engines(grid)):
       return grid
   local = sum(d.process_index == flat[0].process_index for d in flat)
   raise ValueError(
     f"engines of {tensor} devices do not fill a host of {local}; use a divisor of it"
   )
+
+
+def _engines(grid: np.ndarray) -> np.ndarray:
+  """The devices of each engine of a grid, [a c, b d]."""
+  return grid.transpose(0, 2, 1, 3).reshape(-1, grid.shape[1] * grid.shape[3])
 
 
 def to_engines(
