@@ -9,11 +9,13 @@ TOKEN = 28 * 28  # pixels of one visual token
 FULL_ROW = dict(tokens=256, patches=320)
 
 
-def parse_arg(arg, **options):
-  """ "7b,base" -> {"size": "7b", "base": True}: the size first, then any of `options`.
+def parse_arg(arg, options):
+  """ "7b,base" -> {"size": "7b", "base": True, ...}: the size, then any of `options`.
 
-  Every option is a flag that is off by default; an unknown word is an error that lists
-  the known ones.  Where "topology" is an option, a word with a colon is its value.
+  Args:
+    options: {name: a line of help}.  Each is a flag that is off by default; an unknown
+      word is an error that lists the known ones.  Where "topology" is one, a word with a
+      colon is its value.
   """
   words = [w for w in (arg or "tiny").split(",") if w]
   size, flags = words[0], words[1:]

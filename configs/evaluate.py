@@ -6,11 +6,13 @@
 
 from ml_collections import ConfigDict
 
-from configs import common
+from pixel_jax.configs import common
+
+OPTIONS = {"full": "of tiny: the test split with deep clips"}
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, full=False)
+  arg = common.parse_arg(arg, OPTIONS)
   c = ConfigDict()
   c.seed = 1
   c.policies = (

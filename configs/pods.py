@@ -1,6 +1,6 @@
 """What a run takes over from the machines it is made for: `sft.py:7b,v5p:4x4x4`.
 
-docs/pods.md says what tools/compile_check.py found when it compiled them.  A preset
+docs/pods.md says what `pixel-jax compile-check` found when it compiled them.  A preset
 changes how a run is laid out: batch, memory, engines.  How it learns stays that of the
 size, but for the rows of a batch, of which every device wants some.
 """
@@ -124,7 +124,7 @@ def fit(c, kind, size, topology):
     known = ", ".join(t for s, t in presets if s == size) or "none"
     raise ValueError(
       f"there is no {kind} preset of {size} for {topology}; presets of {size}: {known}. "
-      "tools/compile_check.py with --topology says what does not fit"
+      "`pixel-jax compile-check` with --topology says what does not fit"
     )
   pod = PODS[topology]
   c.topology, c.accelerator, c.chips = topology, pod.accelerator, pod.chips

@@ -9,11 +9,16 @@ With --config.reward.alpha=0.0 the learning trap closes.
 
 from ml_collections import ConfigDict
 
-from configs import common, pods
+from pixel_jax.configs import common, pods
+
+OPTIONS = {
+  "full": "of tiny: deep clips, which want two operations",
+  "topology": "KIND:AxB, the accelerators that the run is laid out for",
+}
 
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, full=False, topology=False)
+  arg = common.parse_arg(arg, OPTIONS)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0

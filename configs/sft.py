@@ -13,7 +13,7 @@ clips, zooms in two steps and self-correction (launch/local.sh --full).
 
 from ml_collections import ConfigDict
 
-from configs import common, pods
+from pixel_jax.configs import common, pods
 
 # Half of the clips are deep: these become video/zoom or video/direct only.
 FULL_BASE = {
@@ -39,9 +39,15 @@ FULL_SFT = {
   "video/zoom": 0.25,
 }
 
+OPTIONS = {
+  "base": "of tiny: pointing and reading, what a pretrained model brings along",
+  "full": "of tiny: deep clips, zooms in two steps, self-correction",
+  "topology": "KIND:AxB, the accelerators that the run is laid out for",
+}
+
 
 def get_config(arg="tiny"):
-  arg = common.parse_arg(arg, base=False, full=False, topology=False)
+  arg = common.parse_arg(arg, OPTIONS)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0

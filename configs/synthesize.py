@@ -1,16 +1,16 @@
 """Synthesis: seeds with a cue (or none) and a teacher -> SFT trajectories.
 
   export OPENAI_API_KEY=... OPENAI_BASE_URL=...       the second for servers of your own
-  python tools/synthesize.py --config=configs/synthesize.py --workdir=DIR \\
+  pixel-jax synthesize --config=configs/synthesize.py --workdir=DIR \\
       --config.data.uri=jsonl:seeds.jsonl --config.data.root=DATA --config.init=MODEL
-  python tools/synthesize.py --config=configs/synthesize.py:tiny --workdir=DIR
+  pixel-jax synthesize --config=configs/synthesize.py:tiny --workdir=DIR
 
 What it does, what it costs and what it writes: docs/synthesis.md.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common
+from pixel_jax.configs import common
 
 # Table 2 of the paper: shares within images and within videos.
 PAPER = {
@@ -22,9 +22,11 @@ PAPER = {
   "video/reselect": 0.10,
 }
 
+OPTIONS = {}
+
 
 def get_config(arg="7b"):
-  arg = common.parse_arg(arg)
+  arg = common.parse_arg(arg, OPTIONS)
   tiny = arg.size == "tiny"
   c = ConfigDict()
   c.seed = 0  # of kinds, boxes and the order of options

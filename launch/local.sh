@@ -93,6 +93,6 @@ stage "RL without curiosity" train train_rl rl_alpha0 --config=configs/rl.py:$of
 stage "evaluation" python -m pixel_jax.evaluate --config=configs/evaluate.py:$of \
   --workdir="$workdir/eval" "${test_few[@]}" \
   --config.policies="BASE=$workdir/base,SFT=$workdir/sft,RL=$workdir/rl,RL alpha=0=$workdir/rl_alpha0"
-stage "report" python tools/view.py "$workdir" --out="$workdir/report.html" \
+stage "report" pixel-jax view "$workdir" --out="$workdir/report.html" \
   ${trap:+--figure="$workdir/trap.svg"}
 printf '\nAll of it took %d s. Open %s\n' $((SECONDS - started)) "$workdir/report.html"

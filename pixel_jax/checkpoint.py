@@ -246,7 +246,7 @@ def _locate(directory: str | pathlib.Path) -> bucket.Folder:
     return root
   raise CheckpointError(
     f"{root} holds neither params/ nor a complete step in checkpoints/; give a workdir "
-    "that has saved a step, or the output of tools/convert.py"
+    "that has saved a step, or what `pixel-jax convert import` wrote"
   )
 
 

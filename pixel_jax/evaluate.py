@@ -1,7 +1,12 @@
-"""Policies side by side on one split; writes evaluation.json and its trajectories.
+"""Policies side by side on one split, with and without operations.
 
-  python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny --workdir=DIR \\
-      --config.policies=SFT=runs/sft,RL=runs/rl
+  pixel-jax evaluate --config=evaluate:tiny --workdir=DIR \\
+      --config.policies=SFT=runs/sft,RL=runs/rl [--config.KEY=VALUE ...]
+  python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny ...    the same program
+
+--config: a config of ours (pixel-jax configs lists them) or FILE.py:ARGUMENT of yours.
+--config.policies: NAME=DIR of workdirs or of what `pixel-jax convert` wrote.
+Writes evaluation.json and the trajectories into the workdir.
 """
 
 import dataclasses

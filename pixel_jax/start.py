@@ -6,6 +6,9 @@ checkpoint, or fresh from a preset.
 """
 
 import dataclasses
+import difflib
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -45,13 +48,17 @@ def run(main, needs_workdir: bool = True) -> None:
   """
 
   def parse(argv):
+    if {"-h", "--help"} & set(argv):
+      print(sys.modules[main.__module__].__doc__)
+      sys.exit()
     try:
-      argv = flags.FLAGS(argv)
+      argv = flags.FLAGS(_with_config_path(argv))
       if CONFIG.value is None or (needs_workdir and not WORKDIR.value):
         both = "both are" if needs_workdir else "it is"
         raise ConfigError(
-          f"{both} needed: --config=configs/NAME.py:SIZE"
+          f"{both} needed: --config=NAME:SIZE"
           + " --workdir=DIR" * needs_workdir
+          + "; pixel-jax configs lists them"
         )
       CONFIG.value.to_dict()  # a file that did not load says so when it is used
       return argv
@@ -92,6 +99,39 @@ def run(main, needs_workdir: bool = True) -> None:
       _leave(1)
 
   app.run(start, flags_parser=parse)
+
+
+def _with_config_path(argv: list[str]) -> list[str]:
+  """`--config=rl:7b` and `--config=configs/rl.py:7b` name the installed file where there
+  is none in the current folder; any config may import `configs.common`."""
+  installed = importlib.import_module("pixel_jax.configs")
+  try:
+    importable = importlib.util.find_spec("configs.common")
+  except ModuleNotFoundError:
+    importable = None
+  if importable is None:
+    sys.modules["configs"] = installed
+
+  def locate(value: str) -> str:
+    path, colon, arg = value.partition(":")
+    name = path.removeprefix("configs/").removesuffix(".py")
+    if not pathlib.Path(path).is_file():
+      if name not in installed.NAMES:
+        near = difflib.get_close_matches(name, installed.NAMES, 1, cutoff=0.0)[0]
+        raise ConfigError(
+          f"--config={value}: there is no file {path}; did you mean {near}? The "
+          f"installed ones are {', '.join(installed.NAMES)}"
+        )
+      path = str(pathlib.Path(installed.__path__[0]) / f"{name}.py")
+    return path + colon + arg
+
+  out = list(argv)
+  for i, word in enumerate(argv):
+    if word.startswith(("--config=", "-config=")):
+      out[i] = "--config=" + locate(word.partition("=")[2])
+    elif i and argv[i - 1] in ("--config", "-config"):
+      out[i] = locate(word)
+  return out
 
 
 def _named(error: Exception, argv: list[str]) -> Exception:
@@ -235,7 +275,7 @@ def open_policy(
     root = bucket.behind(init)
     if not root.is_dir():
       raise ConfigError(
-        f"config.init: {root} does not exist; give a workdir or what tools/convert.py "
+        f"config.init: {root} does not exist; give a workdir or what `pixel-jax convert` "
         "wrote"
       )
     words = _load_tokenizer(root / "tokenizer")
@@ -258,7 +298,7 @@ def open_policy(
   else:
     raise ConfigError(
       f"config.init is empty, and the {name} model has no tokenizer of its own; "
-      "convert a checkpoint first: python tools/convert.py import --hf=DIR --out=DIR"
+      "convert a checkpoint first: pixel-jax convert import --hf=DIR --out=DIR"
     )
   if _writes(workdir) and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
@@ -345,7 +385,7 @@ def load(
       raise ConfigError(
         f"config.lora: {root} has adapters of rank={found.rank}, alpha={found.alpha}, "
         f"targets={found.targets}; go on with the same, or merge them first: "
-        "python tools/convert.py export, then import"
+        "pixel-jax convert export, then import"
       )
   want = table.unnest(qwen2_5_vl.abstract(stored))
   if not whole:

@@ -1,6 +1,11 @@
 """Curiosity-driven GRPO with visual operations; `main` is the whole story.
 
-  python -m pixel_jax.train_rl --config=configs/rl.py:tiny --workdir=DIR --config.init=SFT
+  pixel-jax rl --config=rl:tiny --workdir=DIR --config.init=SFT [--config.KEY=VALUE ...]
+  python -m pixel_jax.train_rl --config=configs/rl.py:7b ...        the same program
+
+--config: a config of ours (pixel-jax configs lists them) or FILE.py:ARGUMENT of yours.
+--workdir: where the run lives, a folder or gs://BUCKET/PATH.
+--config.init: the policy to begin with, a workdir or what `pixel-jax convert` wrote.
 
 A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
 closer where it likes; the answers are judged; the curiosity reward is added; groups

@@ -1,6 +1,12 @@
 """Supervised fine-tuning on packed rows; `main` is the whole story.
 
-  python -m pixel_jax.train_sft --config=configs/sft.py:tiny --workdir=DIR
+  pixel-jax sft --config=sft:tiny,base --workdir=DIR [--config.KEY=VALUE ...]
+  pixel-jax sft --config=sft:7b --workdir=DIR --config.init=DIR
+  python -m pixel_jax.train_sft --config=configs/sft.py:7b ...      the same program
+
+--config: a config of ours (pixel-jax configs lists them) or FILE.py:ARGUMENT of yours.
+--workdir: where the run lives, a folder or gs://BUCKET/PATH.
+--config.init: the policy to begin with, a workdir or what `pixel-jax convert` wrote.
 
 Running the same command on the same workdir continues where it stopped, bit for bit.
 SIGTERM saves after the step and leaves.

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from configs import common
 from pixel_jax.chat import encode, tokenizer
+from pixel_jax.configs import common
 from pixel_jax.data import world
 
 # Small views of these pictures, no two roles the same.

@@ -1,17 +1,14 @@
 """tools/bench_pipeline.py at its smallest, and what it counts."""
 
 import json
-import pathlib
-import sys
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
+from pixel_jax.pixels import image
 
-bench_pipeline = pytest.importorskip("bench_pipeline", reason="needs torch")
-
-from pixel_jax.pixels import image  # noqa: E402
+pytest.importorskip("torch")
+from pixel_jax.tools import bench_pipeline
 
 
 def test_the_sizes_are_log_normal():

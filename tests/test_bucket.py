@@ -22,8 +22,8 @@ from jax._src import lru_cache
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from configs import sft
 from pixel_jax import bucket, checkpoint, metrics, parallel, start
+from pixel_jax.configs import sft
 
 if not importlib.util.find_spec("gcsfs"):  # its import reads the environment below
   pytest.skip("gcsfs is not installed: extra [gcs]", allow_module_level=True)

@@ -4,8 +4,6 @@ import contextlib
 import importlib.util
 import json
 import math
-import os
-import pathlib
 import subprocess
 import sys
 
@@ -13,18 +11,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import pods, rl, sft
 from pixel_jax import parallel
+from pixel_jax.configs import pods, rl, sft
 from pixel_jax.rollout import placement
-
-ROOT = pathlib.Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tools"))
-import compile_check  # noqa: E402
-import compile_cost  # noqa: E402
-import compile_engine  # noqa: E402
-import compile_hlo  # noqa: E402
-import compile_programs  # noqa: E402
-import compile_table  # noqa: E402
+from pixel_jax.tools import (
+  compile_check,
+  compile_cost,
+  compile_engine,
+  compile_hlo,
+  compile_programs,
+  compile_table,
+)
 
 FLOATS = ("bf16", "f32")
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -216,11 +213,8 @@ def test_the_table_says_what_was_not_compiled(tmp_path):
 
 
 def check(*args, timeout=900):
-  command = [sys.executable, "tools/compile_check.py", *args]
-  env = {**os.environ, "PYTHONPATH": str(ROOT)}
-  return subprocess.run(
-    command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout
-  )
+  command = [sys.executable, "-m", "pixel_jax", "compile-check", *args]
+  return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
 
 
 def test_an_unknown_topology_is_answered_with_the_known_ones():

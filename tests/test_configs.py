@@ -5,8 +5,8 @@ import importlib
 import numpy as np
 import pytest
 
-from configs import common
 from pixel_jax.chat import encode, tokenizer
+from pixel_jax.configs import common
 from pixel_jax.data import pack, sources, synthesize, world
 
 ARGS = {"sft": ("base", "full", "base,full"), "rl": ("full",), "evaluate": ("full",)}
@@ -15,7 +15,7 @@ TINY = [(name, option) for name in ARGS for option in ("", *ARGS[name])]
 
 
 def load(name, *words):
-  config = importlib.import_module(f"configs.{name}")
+  config = importlib.import_module(f"pixel_jax.configs.{name}")
   return config.get_config(",".join(filter(None, words)))
 
 

@@ -1,6 +1,5 @@
 """tools/convert.py as a user calls it: there and back bit for bit, clear refusals."""
 
-import importlib.util
 import json
 import pathlib
 import shutil
@@ -16,6 +15,7 @@ from safetensors.numpy import load_file
 from pixel_jax import checkpoint
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl
+from pixel_jax.tools import convert
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests" / "golden" / "model"
@@ -28,10 +28,7 @@ COMPANIONS = {
 
 
 def _convert(*argv):
-  spec = importlib.util.spec_from_file_location("convert", ROOT / "tools/convert.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.main([str(a) for a in argv])
+  return convert.main([str(a) for a in argv])
 
 
 def _read(folder):
@@ -201,8 +198,8 @@ def test_refusals_are_one_line(source, tmp_path, capsys):
 
 def test_as_a_command():
   run = subprocess.run(
-    [sys.executable, ROOT / "tools/convert.py", "import", "--hf=/nowhere", "--out=/x"],
-    capture_output=True, text=True, timeout=120, cwd="/",
+    [sys.executable, "-m", "pixel_jax", "convert", "import", "--hf=/no", "--out=/x"],
+    capture_output=True, text=True, timeout=600, cwd="/",
   )  # fmt: skip
   assert run.returncode == 2
-  assert run.stderr.startswith("error: /nowhere is not a folder"), run.stderr
+  assert run.stderr.startswith("error: /no is not a folder"), run.stderr

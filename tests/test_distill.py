@@ -3,7 +3,6 @@
 import asyncio
 import collections
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
@@ -20,9 +19,9 @@ import pytest
 import teachers
 from PIL import Image
 
-from configs import synthesize as config_file
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tools
+from pixel_jax.configs import synthesize as config_file
 from pixel_jax.data import (
   checks,
   distill,
@@ -34,19 +33,12 @@ from pixel_jax.data import (
   teacher,
   world,
 )
+from pixel_jax.tools import synthesize as synthesize_tool
 from pixel_jax.trajectory import Media
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ("trajectories.jsonl", "dropped.jsonl", "pixel_reasoner/release.json")
 openai = pytest.importorskip("openai")
-
-
-@pytest.fixture(scope="module")
-def tool():
-  spec = importlib.util.spec_from_file_location("tool", ROOT / "tools/synthesize.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 @pytest.fixture
@@ -73,13 +65,15 @@ def configure(seeds=24, **teacher_settings):
   return config
 
 
-def run(tool, config, workdir, codec=None):
+def run(config, workdir, codec=None):
   """What `main` does, in this process."""
   workdir.mkdir(exist_ok=True)
-  codec = codec or tool.open_codec(config, workdir)
+  codec = codec or synthesize_tool.open_codec(config, workdir)
   source = sources.open_source(codec=codec, **config.data)
   recipe = distill.Recipe(seed=config.seed, **config.recipe)
-  return asyncio.run(tool.synthesize_all(config, workdir, codec, source, recipe))
+  return asyncio.run(
+    synthesize_tool.synthesize_all(config, workdir, codec, source, recipe)
+  )
 
 
 def contents(workdir):
@@ -96,10 +90,10 @@ def lines(workdir, name):
 # ---- No trajectory lost, none doubled ------------------------------------------------
 
 
-def test_every_seed_ends_once_whatever_the_server_does(tool, serve, tmp_path):
+def test_every_seed_ends_once_whatever_the_server_does(serve, tmp_path):
   server = serve(passing=0.4, staying=0.4, delay=0.005)
   config = configure(60)
-  report = run(tool, config, tmp_path / "a")
+  report = run(config, tmp_path / "a")
   written = lines(tmp_path / "a", "trajectories.jsonl")
   dropped = lines(tmp_path / "a", "dropped.jsonl")
   # All faults were met, and no seed was lost or doubled by one.
@@ -130,18 +124,18 @@ def test_every_seed_ends_once_whatever_the_server_does(tool, serve, tmp_path):
   (tmp_path / "b").mkdir()
   shared = (tmp_path / "a" / "teacher.jsonl").read_bytes()
   (tmp_path / "b" / "teacher.jsonl").write_bytes(shared)
-  again = run(tool, config, tmp_path / "b")
+  again = run(config, tmp_path / "b")
   assert contents(tmp_path / "a") == contents(tmp_path / "b")
   assert sum(server.asked.values()) == before and again["teacher"].get("sent", 0) == 0
 
 
-def test_the_budget_ends_a_run_and_more_of_it_goes_on(tool, serve, tmp_path):
+def test_the_budget_ends_a_run_and_more_of_it_goes_on(serve, tmp_path):
   control = serve()
-  run(tool, configure(16), tmp_path / "control")
+  run(configure(16), tmp_path / "control")
   server = serve()
   workdir, budgets, was_open = tmp_path / "a", (6_000, 11_000, 200_000), []
   for budget in budgets:
-    report = run(tool, configure(16, budget=budget), workdir)
+    report = run(configure(16, budget=budget), workdir)
     assert server.billed == report["teacher"]["tokens"] <= budget
     assert ("Exhausted" in report["open_detail"]) == (report["open"] > 0)
     assert report["seeds"] == report["written"] + report["open"]
@@ -152,14 +146,14 @@ def test_the_budget_ends_a_run_and_more_of_it_goes_on(tool, serve, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_gives_the_same_files(tool, serve, tmp_path):
+def test_killed_and_resumed_gives_the_same_files(serve, tmp_path):
   faults = dict(passing=0.2, staying=0.2)
   serve(**faults)
   config = configure(40, concurrency=4)
-  run(tool, config, tmp_path / "control")
+  run(config, tmp_path / "control")
   server = serve(**faults, delay=0.05)
   workdir = tmp_path / "killed"
-  command = [sys.executable, "tools/synthesize.py", f"--workdir={workdir}"]
+  command = [sys.executable, "-m", "pixel_jax", "synthesize", f"--workdir={workdir}"]
   command += ["--config=configs/synthesize.py:tiny", "--config.seeds=40"]
   command += [f"--config.teacher.{k}={config.teacher[k]}" for k in config.teacher]
   process = subprocess.Popen(command, cwd=ROOT, env=os.environ)
@@ -172,7 +166,7 @@ def test_killed_and_resumed_gives_the_same_files(tool, serve, tmp_path):
   time.sleep(0.5)  # what the server still had under way is over
   before = dict(server.answered)
   server.delay = 0.0
-  report = run(tool, config, workdir)
+  report = run(config, workdir)
   assert contents(workdir) == contents(tmp_path / "control")
   # At most what was under way at the kill was asked, and answered, again.
   twice = [key for key, n in server.answered.items() if n > 1]
@@ -183,16 +177,14 @@ def test_killed_and_resumed_gives_the_same_files(tool, serve, tmp_path):
   assert report["teacher"]["tokens"] >= server.billed
 
 
-def test_a_wrong_key_ends_the_run_and_leaves_the_files(
-  tool, serve, tmp_path, monkeypatch
-):
+def test_a_wrong_key_ends_the_run_and_leaves_the_files(serve, tmp_path, monkeypatch):
   server = serve()
-  run(tool, configure(8), tmp_path / "a")
+  run(configure(8), tmp_path / "a")
   before = contents(tmp_path / "a")
   monkeypatch.setattr(teachers.Handler, "fail", lambda self, _: self.send(401, b"{}"))
   server.passing, server.kinds[0] = 1.0, ["401"]
   with pytest.raises(teacher.Fatal, match="OPENAI_API_KEY"):
-    run(tool, configure(16), tmp_path / "a")
+    run(configure(16), tmp_path / "a")
   assert contents(tmp_path / "a") == before
 
 
@@ -200,7 +192,7 @@ def test_a_wrong_key_ends_the_run_and_leaves_the_files(
 
 
 @pytest.fixture(scope="module")
-def made(tool, tmp_path_factory):
+def made(tmp_path_factory):
   """A run without faults, seeds of all kinds, and its codec."""
   workdir = tmp_path_factory.mktemp("made")
   patch = pytest.MonkeyPatch()
@@ -210,9 +202,9 @@ def made(tool, tmp_path_factory):
     config = configure(60)
     config.data.uri = "world:full_train"
     config.recipe.kinds["video/zoom"] = 0.3
-    run(tool, config, workdir)
+    run(config, workdir)
     patch.undo()
-  return workdir, tool.open_codec(config, workdir)
+  return workdir, synthesize_tool.open_codec(config, workdir)
 
 
 def test_sft_reads_the_trajectories_and_masks_what_was_planted(made):
@@ -312,21 +304,21 @@ def test_the_layout_of_pixel_reasoner_loads_with_plain_json(made):
 # ---- Seeds without a cue, and seeds that are none ------------------------------------
 
 
-def run_on(tool, tasks, root):
+def run_on(tasks, root):
   """Tasks of a file as seeds; what is written lies in root/out."""
   lines = "".join(json.dumps(dataclasses.asdict(t)) + "\n" for t in tasks)
   (root / "seeds.jsonl").write_text(lines)
   config = configure(0)
   config.data.update(uri="jsonl:seeds.jsonl", root=str(root))
-  return run(tool, config, root / "out", layouts.world_codec(root / "words"))
+  return run(config, root / "out", layouts.world_codec(root / "words"))
 
 
-def test_a_teacher_proposes_where_there_is_no_cue(tool, serve, tmp_path):
+def test_a_teacher_proposes_where_there_is_no_cue(serve, tmp_path):
   server = serve(staying=0.5)
   server.kinds[1] = ["wrong"]  # half of the pictures are not valid, it says
   tasks = [world.task(0, "train", world.nth("image", n)) for n in range(16)]
   bare = [dataclasses.replace(t, question="-", answer="-", reference={}) for t in tasks]
-  report = run_on(tool, bare, tmp_path)
+  report = run_on(bare, tmp_path)
   assert report["dropped"]["not valid"] >= 3 and report["written"] >= 2
   assert report["written"] + sum(report["dropped"].values()) == 16
   right = {t.id: t.answer for t in tasks}
@@ -338,7 +330,7 @@ def test_a_teacher_proposes_where_there_is_no_cue(tool, serve, tmp_path):
 
 
 @pytest.mark.parametrize("uri", ["images:photos", "images:photos.zip"])
-def test_bare_pictures_become_questions(uri, tool, serve, tmp_path):
+def test_bare_pictures_become_questions(uri, serve, tmp_path):
   """A folder or a zip of pictures is all there is; half of them are not valid."""
   serve(staying=0.5).kinds[1] = ["wrong"]
   (tmp_path / "photos").mkdir()
@@ -352,7 +344,7 @@ def test_bare_pictures_become_questions(uri, tool, serve, tmp_path):
   config = configure(0)
   config.data.update(uri=uri, root=str(tmp_path))
   out, codec = tmp_path / "out", layouts.world_codec(tmp_path / "words")
-  report = run(tool, config, out, codec)
+  report = run(config, out, codec)
   assert report["dropped"]["not valid"] >= 3 and report["written"] >= 2
   assert report["written"] + sum(report["dropped"].values()) == 16
   for t in lines(out, "trajectories.jsonl"):
@@ -394,13 +386,13 @@ BAD = {
 }
 
 
-def test_bad_seeds_cost_nothing(tool, serve, tmp_path):
+def test_bad_seeds_cost_nothing(serve, tmp_path):
   server = serve()
   seeds = [
     dataclasses.replace(world.task(0, "train", 0), id=name, **changes)
     for name, changes in BAD.items()
   ]
-  report = run_on(tool, seeds, tmp_path)
+  report = run_on(seeds, tmp_path)
   assert report["dropped"] == {"large": 1, "seed": len(BAD) - 2, "small": 1}
   dropped = lines(tmp_path / "out", "dropped.jsonl")
   assert [d["index"] for d in dropped] == list(range(len(BAD)))
@@ -424,9 +416,7 @@ def quick_compiles():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_of_ours_can_be_the_teacher(
-  tool, tmp_path, quick_compiles, monkeypatch
-):
+def test_a_checkpoint_of_ours_can_be_the_teacher(tmp_path, quick_compiles, monkeypatch):
   """A fresh model says nothing of use: all is dropped, counted, and kept.  Made to say
   what a teacher would, it writes a trace: the whole way through our engine."""
   from pixel_jax import checkpoint, start
@@ -438,7 +428,7 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(
   config.recipe.update(max_tokens=16, takes=2)
   workdir = tmp_path / "a"
   workdir.mkdir()
-  mesh = tool.parallel.make_mesh(1, 1, 1)
+  mesh = synthesize_tool.parallel.make_mesh(1, 1, 1)
   policy = start.open_policy(
     "", model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
@@ -446,16 +436,16 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(
   saver.save(1, {"params": policy.params}, {})
   saver.close()
   config.local = str(workdir)
-  report = run(tool, config, workdir)
+  report = run(config, workdir)
   assert report["dropped"] == {"malformed": 2} and report["open"] == 0
   t = report["teacher"]
   assert t["sent"] == t["answered"] == 4 and t["tokens"] > 1000
-  assert run(tool, config, workdir)["teacher"].get("sent", 0) == 0
+  assert run(config, workdir)["teacher"].get("sent", 0) == 0
   notes = journal.Journal(workdir / "teacher.jsonl")
   assert len(notes) == 4
   notes.close()
 
-  play, words = tool.engine.Engine.run, policy.codec.tokenizer
+  play, words = synthesize_tool.engine.Engine.run, policy.codec.tokenizer
   true = {}  # what a teacher would say to a question about these pictures
 
   def says(task, _):
@@ -467,9 +457,9 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(
       true[t.id] = teachers.reply(t.question, pictures, "")
     return play(self, params, tasks, load_media=load_media, script=says, **how)
 
-  monkeypatch.setattr(tool.engine.Engine, "run", scripted)
+  monkeypatch.setattr(synthesize_tool.engine.Engine, "run", scripted)
   config.recipe.max_tokens, config.init = 400, str(workdir)
-  report = run(tool, config, tmp_path / "b")
+  report = run(config, tmp_path / "b")
   assert report["written"] == 2 and report["teacher"]["answered"] == 4
   for t in lines(tmp_path / "b", "trajectories.jsonl"):
     assert t["turns"][-1]["text"].endswith(f"\\boxed{{{t['task']['answer']}}}")

@@ -1,6 +1,5 @@
 """Window order, rotary ids and M-RoPE ids equal HF's; clips follow Qwen's 2025 rule."""
 
-import importlib.util
 import itertools
 import json
 import pathlib
@@ -160,12 +159,9 @@ def test_golden_mrope_of_images(name):
 
 
 def _rope_index(*args):
-  spec = importlib.util.spec_from_file_location(
-    "golden", ROOT.parent / "tools/golden.py"
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.rope_index(*args)
+  from pixel_jax.tools import golden
+
+  return golden.rope_index(*args)
 
 
 @pytest.mark.torch

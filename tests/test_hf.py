@@ -2,12 +2,10 @@
 
 import dataclasses
 import gc
-import importlib.util
 import json
 import math
 import pathlib
 import shutil
-import sys
 import tracemalloc
 
 import hypothesis
@@ -24,6 +22,7 @@ from pixel_jax.batch import Batch
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, qwen2_5_vl, table
 from pixel_jax.model.config import ModelConfig, TextConfig, VisionConfig
+from pixel_jax.tools import golden_model, parity
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -33,12 +32,6 @@ TEXT = TextConfig(
 )
 CONFIG = ModelConfig(VISION, TEXT)
 TIED = ModelConfig(VISION, dataclasses.replace(TEXT, tied=True))
-
-
-def _tool(name):
-  if str(ROOT / "tools") not in sys.path:
-    sys.path.append(str(ROOT / "tools"))
-  return importlib.import_module(name)
 
 
 def _state(config, seed=0, dtype=np.float32):
@@ -425,7 +418,6 @@ def test_export_refuses(tmp_path):
 
 def test_golden_stages(quick_compile):
   """Every block, logits, log-probs, gradients and decoding, without torch."""
-  parity = _tool("parity")
   golden = dict(np.load(GOLDEN / "model.npz"))
   config = model_config.from_hf(hf.read_config(GOLDEN / "model"))
   params = hf.import_checkpoint(GOLDEN / "model", config)
@@ -440,7 +432,7 @@ def test_golden_stages(quick_compile):
   assert versions["transformers"].startswith("5.")
   ours = parity.run_jax(config, params, batch, golden["decode/tokens"])
   del ours["pixels"]
-  keep = _tool("golden_model").GRADIENT
+  keep = golden_model.GRADIENT
   for name in [k for k in ours if k.startswith("gradient ")]:
     x = ours[name]
     ours[name] = np.append(x.reshape(-1)[:keep], np.linalg.norm(x))
@@ -454,7 +446,7 @@ def test_golden_stages(quick_compile):
 @pytest.mark.parametrize("hub", [True, False], ids=["hub", "in-memory"])
 def test_bytes_of_transformers_round_trip(tmp_path, tied, hub):
   pytest.importorskip("torch")
-  model = _tool("golden_model").torch_model(tied)
+  model = golden_model.torch_model(tied)
   saved, out = tmp_path / "theirs", tmp_path / "ours"
   model.save_pretrained(saved, save_original_format=hub, max_shard_size="200KB")
   config = model_config.from_hf(hf.read_config(saved))
@@ -468,7 +460,6 @@ def test_bytes_of_transformers_round_trip(tmp_path, tied, hub):
 @pytest.mark.torch
 def test_transformers_loads_an_export(tmp_path):
   torch = pytest.importorskip("torch")
-  golden_model = _tool("golden_model")
   model = golden_model.torch_model()
   config = model_config.from_hf(model.config.to_dict())
   state = {k: v.numpy() for k, v in model.state_dict().items()}
@@ -544,7 +535,6 @@ def test_flat_and_nested_config_are_one():
 def test_transformers_reads_the_flat_config_alike(tmp_path):
   """The golden weights under the 2025 config give the golden logits in transformers."""
   pytest.importorskip("torch")
-  parity = _tool("parity")
   for file in (GOLDEN / "model").glob("*.safetensors*"):
     shutil.copy(file, tmp_path)
   (tmp_path / "config.json").write_text(json.dumps(FLAT))

@@ -1,16 +1,12 @@
 """tools/inspect_data.py: counts against the files, and a page that holds no markup."""
 
 import json
-import pathlib
 import re
-import sys
 
 import layouts
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tools"))
-
-import inspect_data
+from pixel_jax.tools import inspect_data
 
 
 def run(capsys, *arguments):

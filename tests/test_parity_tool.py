@@ -1,6 +1,5 @@
 """tools/parity.py: passes where both agree and says which stage is off first."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -10,17 +9,10 @@ import pytest
 
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf
+from pixel_jax.tools import parity
 
 ROOT = pathlib.Path(__file__).parents[1]
 MODEL = ROOT / "tests" / "golden" / "model"
-
-
-@pytest.fixture(scope="module")
-def parity():
-  spec = importlib.util.spec_from_file_location("parity", ROOT / "tools/parity.py")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +25,7 @@ def jax_config():
   jax.config.update("jax_default_matmul_precision", before)
 
 
-def test_sample_has_two_pictures_and_a_clip(parity):
+def test_sample_has_two_pictures_and_a_clip():
   config = model_config.from_hf(hf.read_config(MODEL))
   sample = parity.make_sample(config)
   batch = parity.to_batch(sample)
@@ -56,7 +48,7 @@ def test_sample_has_two_pictures_and_a_clip(parity):
   assert len(set(np.asarray(batch.patch_window[0, : 4 * counts[0]]).tolist())) > 1
 
 
-def test_compare(parity):
+def test_compare():
   good = {"pixels": np.ones(3), "logits": np.array([1.0, -2.0])}
   rows = parity.compare({**good, "logits": good["logits"] * (1 + 1e-6)}, good)
   assert [r["ok"] for r in rows] == [True, True]
@@ -76,7 +68,7 @@ def test_compare(parity):
   assert [r["ok"] for r in parity.compare({}, good)] == [False, False]
 
 
-def test_tokens_may_differ_only_in_a_tie(parity):
+def test_tokens_may_differ_only_in_a_tie():
   theirs = {
     "decode/logits": np.array([[0.0, 1.0, 1.0 - 1e-7], [0.0, 1.0, 0.5]]),
     "decode/tokens": np.array([1, 1]),
@@ -91,7 +83,7 @@ def test_tokens_may_differ_only_in_a_tie(parity):
   assert not ok([1, 2])
 
 
-def test_table_shows_the_worst_gradient(parity):
+def test_table_shows_the_worst_gradient():
   one = {"gradient visual.a": np.ones(2), "gradient model.b": np.ones(2)}
   two = {**one, "gradient model.c": np.full(2, 2.0)}
   text = parity.table(parity.compare({**two, "gradient model.c": np.ones(2)}, two))
@@ -101,7 +93,7 @@ def test_table_shows_the_worst_gradient(parity):
 
 
 @pytest.mark.torch
-def test_parity_of_a_checkpoint(parity, tmp_path, capsys):
+def test_parity_of_a_checkpoint(tmp_path, capsys):
   pytest.importorskip("torch")
   out = tmp_path / "parity.json"
   code = parity.main([f"--hf={MODEL}", f"--json={out}", "--tokens=3"])
@@ -120,7 +112,7 @@ def test_parity_of_a_checkpoint(parity, tmp_path, capsys):
 
 
 @pytest.mark.torch
-def test_first_stage_off_is_named(parity, monkeypatch, capsys):
+def test_first_stage_off_is_named(monkeypatch, capsys):
   """A wrong weight of the second text block shows there and not before."""
   pytest.importorskip("torch")
   whole = hf.import_checkpoint
@@ -138,6 +130,6 @@ def test_first_stage_off_is_named(parity, monkeypatch, capsys):
   assert said.splitlines()[-1].endswith("first text/block 1")
 
 
-def test_a_folder_that_is_none(parity, capsys):
+def test_a_folder_that_is_none(capsys):
   assert parity.main(["--hf=/nowhere"]) == 2
   assert "config.json does not exist" in capsys.readouterr().err

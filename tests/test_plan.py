@@ -5,21 +5,18 @@ token, 14.14 GB of weights and 57,344 B of cache a step of decoding.
 """
 
 import json
-import os
 import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from configs import rl, sft
 from pixel_jax import start, trajectory
+from pixel_jax.configs import rl, sft
+from pixel_jax.tools import compile_plan
+from pixel_jax.tools.compile_plan import Machine, Turn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tools"))
-import compile_plan  # noqa: E402
-from compile_plan import Machine, Turn  # noqa: E402
-
 FLOPS, HBM, ICI, DCN = 459e12, 2.765e12, 300e9, 6.2e9  # of a v5p chip
 NUMBERS = 8_292_166_656
 
@@ -197,10 +194,9 @@ def test_the_report_labels_every_figure(tmp_path):
   """Within seconds, because nothing is compiled; docs/launch.md shows this very table."""
   file = tmp_path / "plan.json"
   done = subprocess.run(
-    [sys.executable, "tools/compile_check.py", "--config=configs/rl.py:7b", "--plan",
+    [sys.executable, "-m", "pixel_jax", "compile-check", "--config=rl:7b", "--plan",
      "--topology=v5p:4x4x4", f"--json={file}"],
-    cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-    timeout=300,
+    capture_output=True, text=True, timeout=600,
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith("An ESTIMATE")

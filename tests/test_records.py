@@ -153,5 +153,5 @@ def test_nobody_trains_on_a_picture_without_a_question(tmp_path):
   write_pictures(tmp_path)
   source = sources.open_source("images:photos", root=tmp_path)
   stream = pipeline.tasks(source, seed=0, shards=1, batch=2)
-  with pytest.raises(pipeline.DataError, match="bare image; tools/synthesize.py"):
+  with pytest.raises(pipeline.DataError, match="bare image; `pixel-jax synthesize`"):
     next(stream)

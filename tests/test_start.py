@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import common
 from pixel_jax import checkpoint, parallel, start
 from pixel_jax.chat import encode, tokenizer
+from pixel_jax.configs import common
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
 

@@ -2,11 +2,9 @@
 
 import base64
 import html.parser
-import importlib.util
 import io
 import json
 import math
-import pathlib
 import random
 import re
 import sys
@@ -21,6 +19,7 @@ from hypothesis import strategies as st
 
 from pixel_jax import trajectory as trajectories
 from pixel_jax.chat import encode, tokenizer
+from pixel_jax.tools import view as view_tool
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 from pixel_jax.view import charts, pictures, report, table
 from pixel_jax.view import trajectory as view
@@ -443,11 +442,9 @@ def test_intervals():
 
 
 def test_tool_reads_a_folder_of_runs(codec, tmp_path, capsys, monkeypatch):
-  path = pathlib.Path(__file__).parent.parent / "tools" / "view.py"
-  spec = importlib.util.spec_from_file_location("tools_view", path)
-  tool = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(tool)
-  monkeypatch.setattr(tool.media.Library, "load", lambda self, media: load_media(media))
+  monkeypatch.setattr(
+    view_tool.media.Library, "load", lambda self, media: load_media(media)
+  )
   rl, evaluated = tmp_path / "rl", tmp_path / "eval"
   rl.mkdir()
   evaluated.mkdir()
@@ -468,7 +465,7 @@ def test_tool_reads_a_folder_of_runs(codec, tmp_path, capsys, monkeypatch):
     "argv",
     ["view.py", str(tmp_path), f"--out={out}", f"--figure={tmp_path}/t.svg"],
   )
-  tool.main()
+  view_tool.main()
   printed = capsys.readouterr()
   assert str(out) in printed.out and "metrics.jsonl:61" in printed.err
   page = Page(out.read_text())

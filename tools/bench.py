@@ -1,6 +1,6 @@
-"""Ours beside what a user would pick instead: seconds, their ratio, the share of the limit.
+"""Ours beside what a user would pick instead, timed in one process.
 
-  python tools/bench.py preprocess|vision|prefill|decode|rollout|sft|rl
+  pixel-jax bench preprocess|vision|prefill|decode|rollout|sft|rl
     [--json=FILE] [--size=30m|tiny|3b|7b] [--repeats=N] [--no-peer | --no-ours]
 
 One process, one set of weights, as many threads on both sides; after a warm-up that
@@ -31,13 +31,12 @@ import sys
 import tempfile
 import time
 
-import bench_cases
-import bench_data
 import jax
 import jax.numpy as jnp
 
 from pixel_jax import metrics
 from pixel_jax.model import qwen2_5_vl
+from pixel_jax.tools import bench_cases, bench_data
 
 # Bytes/s of one jax device (performance.md 2.1; a v7x chip is two).
 BANDWIDTH = {

@@ -8,14 +8,14 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import bench_data as data
-import bench_ours as ours
 import jax
 import numpy as np
 
 from pixel_jax.chat import encode
 from pixel_jax.model import flops
 from pixel_jax.model.config import ModelConfig
+from pixel_jax.tools import bench_data as data
+from pixel_jax.tools import bench_ours as ours
 
 
 @dataclasses.dataclass

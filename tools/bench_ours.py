@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import bench_data as data
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.rl import grpo
 from pixel_jax.rollout import decode, engine
+from pixel_jax.tools import bench_data as data
 
 Params = Any
 OPTIMIZER = dict(lr=1e-12, total_steps=1000, schedule="constant", b2=0.95)

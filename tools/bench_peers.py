@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import bench_data as data
 import numpy as np
 import torch
 import transformers
@@ -23,6 +22,7 @@ from pixel_jax.model import config as model_config
 from pixel_jax.model import hf
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout.episode import Episode
+from pixel_jax.tools import bench_data as data
 
 IGNORED = -100  # label without a loss
 CLIP = (0.2, 0.28)

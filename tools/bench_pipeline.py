@@ -1,6 +1,7 @@
 """Decode + resize + pack in pictures/s, beside a PyTorch DataLoader with HF's processor.
 
-  python tools/bench_pipeline.py [--json=FILE] [--pictures=128] [--workers=2] [--repeats=3]
+  python -m pixel_jax.tools.bench_pipeline [--json=FILE] [--pictures=128]
+    [--workers=2] [--repeats=3]
 
 The same JPEGs on the disk for both, sizes log-normal about 1.8 MPixel, the budget of the
 paper's evaluation (512 to 5,120 visual tokens).  Ours is what `train_sft` reads: a source,
@@ -18,22 +19,19 @@ import argparse
 import json
 import pathlib
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
 
-import bench_data
 import numpy as np
 import torch
 import transformers
 from PIL import Image
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
-
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pack, pipeline, sources, world
 from pixel_jax.pixels import image
+from pixel_jax.tools import bench_data
 
 BUDGET = (512 * 784, 5120 * 784)
 ROW = dict(tokens=8192, patches=20480)

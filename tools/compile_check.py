@@ -1,10 +1,10 @@
-"""Does a run fit, and how fast can it be?  Asks the compilers of TPUs and GPUs, on a CPU.
+"""Does a run fit, and how fast can it be?  Asks the compilers, on a CPU.
 
-  python tools/compile_check.py --config=configs/rl.py:7b,v5p:4x4x4
+  pixel-jax compile-check --config=configs/rl.py:7b,v5p:4x4x4
     [--programs=update,decode] [--largest] [--num_slices=2] [--json=FILE]
-  python tools/compile_check.py --config=configs/rl.py:7b --topology=v5p:4x4x4
+  pixel-jax compile-check --config=configs/rl.py:7b --topology=v5p:4x4x4
     [--config.KEY=VALUE ...]       without a preset for that topology
-  python tools/compile_check.py --table=docs/compiled [--cells=N]
+  pixel-jax compile-check --table=docs/compiled [--cells=N]
                                    presets that the folder lacks, and the table
 
 Compiles every program of the run, from the code and the config that training uses, at
@@ -29,18 +29,20 @@ import re
 import sys
 import time
 
-import compile_cost
-import compile_engine
-import compile_hlo
-import compile_plan
-import compile_programs
-import compile_table
 import jax
 from absl import flags
 from jax.experimental import topologies
 from tqdm import tqdm
 
 from pixel_jax import start
+from pixel_jax.tools import (
+  compile_cost,
+  compile_engine,
+  compile_hlo,
+  compile_plan,
+  compile_programs,
+  compile_table,
+)
 
 TOPOLOGY = flags.DEFINE_string("topology", None, "Such as v5p:4x4x4 or h200:8.")
 SLICES = flags.DEFINE_integer("num_slices", 1, "Slices of this topology.")
@@ -104,7 +106,7 @@ def main(config):
   if LARGEST.value:
     found = largest(found)
   report = {
-    "command": " ".join(["python", "tools/compile_check.py", *sys.argv[1:]]),
+    "command": " ".join(["pixel-jax compile-check", *sys.argv[1:]]),
     "date": now(),
     "versions": {
       p: importlib.metadata.version(p)

@@ -12,17 +12,9 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-import compile_cost
 import jax
 import jax.numpy as jnp
 import numpy as np
-from compile_programs import (
-  Program,
-  Run,
-  device_bytes,
-  pictures_of,
-  sizes,
-)
 
 from pixel_jax import parallel, start
 from pixel_jax.batch import Prompts
@@ -30,6 +22,14 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import world
 from pixel_jax.model import hf, qwen2_5_vl
 from pixel_jax.rollout import decode, engine, fleet, pictures, placement
+from pixel_jax.tools import compile_cost
+from pixel_jax.tools.compile_programs import (
+  Program,
+  Run,
+  device_bytes,
+  pictures_of,
+  sizes,
+)
 
 
 def programs(run: Run) -> Iterator[Program]:

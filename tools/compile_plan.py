@@ -1,6 +1,6 @@
 """How long is a step of RL on machines that are not at hand?  An estimate, by rooflines.
 
-  python tools/compile_check.py --config=configs/rl.py:7b --plan --topology=v5p:4x4x4
+  pixel-jax compile-check --config=configs/rl.py:7b --plan --topology=v5p:4x4x4
     [--trajectories=WORKDIR/trajectories | --rollouts=60:1400.1200/350,40:...]
     [--compiled=FILE] [--json=FILE]
 
@@ -25,14 +25,13 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import compile_cost
-import compile_programs
 from absl import flags
 
 from pixel_jax import optim, start, trajectory
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl
 from pixel_jax.rollout import engine
+from pixel_jax.tools import compile_cost, compile_programs
 
 TRAJECTORIES = flags.DEFINE_string(
   "trajectories", None, "A folder of JSONL, or a file."

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import compile_cost
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,6 +20,7 @@ from pixel_jax.data import pack
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
 from pixel_jax.rollout import decode, pictures
+from pixel_jax.tools import compile_cost
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import compile_cost
 from tqdm import tqdm
 
-from configs import common, pods
+from pixel_jax.configs import common, pods
+from pixel_jax.tools import compile_cost
 
 DOC = pathlib.Path(__file__).parents[1] / "docs/pods.md"
-BEGIN, END = "<!-- made by tools/compile_check.py -->\n", "<!-- made until here -->\n"
+BEGIN, END = "<!-- made by pixel-jax compile-check -->\n", "<!-- made until here -->\n"
 # Of a cell: where most is alive, and what the figures are of.
 PROGRAMS = {"sft": "update", "rl": "gradient,turn,decode"}
 ORDER = [("sft", "7b"), ("rl", "7b"), ("sft", "3b"), ("rl", "3b")]

@@ -1,9 +1,9 @@
 """Hugging Face checkpoints to ours and back.
 
-  python tools/convert.py import --hf=DIR --out=DIR [--dtype=float32|bfloat16]
-  python tools/convert.py import --checkpoint=DIR --adapter=DIR --out=DIR
-  python tools/convert.py export --checkpoint=DIR --out=DIR [--dtype=bfloat16|float32]
-  python tools/convert.py export --checkpoint=DIR --adapter --out=DIR
+  pixel-jax convert import --hf=DIR --out=DIR [--dtype=float32|bfloat16]
+  pixel-jax convert import --checkpoint=DIR --adapter=DIR --out=DIR
+  pixel-jax convert export --checkpoint=DIR --out=DIR [--dtype=bfloat16|float32]
+  pixel-jax convert export --checkpoint=DIR --adapter --out=DIR
 
 What import writes is what `--config.init=DIR` takes: params/ (orbax), extra.json and
 tokenizer/.  Training every weight wants float32, which holds a bfloat16 file exactly;

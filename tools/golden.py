@@ -1,6 +1,6 @@
 """Writes tests/golden/*.npz: what pinned Hugging Face code answers.
 
-  python tools/golden.py pixels model [--out=tests/golden]
+  python -m pixel_jax.tools.golden pixels model [--out=tests/golden]
 
 Each part is one file and names the versions that made it.  Writing needs torch and
 transformers; the tests that read the files need neither, and never write them.  Write

@@ -3,9 +3,9 @@
   tests/golden/model/config.json, model-*.safetensors     a random Qwen2.5-VL, bf16
   tests/golden/model.npz                                  pictures, ids -> stages, f32
 
-Written with `python tools/golden.py model`; sizes are chosen so that both together stay
-under 700 kB.  The stages are those of `parity.py`, gradients cut down to what fits: of
-each parameter the first 24 numbers and the norm.
+Written with `python -m pixel_jax.tools.golden model`; both together stay under 700 kB.
+The stages are those of `parity.py`, gradients cut down to what fits: of each parameter
+the first 24 numbers and the norm.
 """
 
 import json

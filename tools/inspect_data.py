@@ -1,6 +1,6 @@
 """What a URI of data holds, and what the model will see of it.
 
-  python tools/inspect_data.py URI [--root=DIR] [--init=DIR] [--records=1000]
+  pixel-jax inspect URI [--root=DIR] [--init=DIR] [--records=1000]
     [--tokens=8192 --patches=32768] [--out=page.html]
 
 A sample of the records is read; each is made into what `data.uri=URI` makes of
@@ -18,14 +18,11 @@ import dataclasses
 import math
 import pathlib
 import re
-import sys
 import tempfile
 from collections.abc import Sequence
 
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pixel_jax import checkpoint, start
 from pixel_jax.chat import encode, tokenizer

@@ -1,6 +1,6 @@
-"""JAX beside PyTorch for one checkpoint, stage by stage, in float32 on the CPU.
+"""JAX beside PyTorch for one checkpoint, stage by stage, in float32.
 
-  python tools/parity.py --hf=DIR [--json=FILE] [--tokens=8] [--no-gradients]
+  pixel-jax parity --hf=DIR [--json=FILE] [--tokens=8] [--no-gradients]
 
 Two pictures, a clip and some text go through `transformers` and through ours; every
 block's output, the logits, log-probs, gradients and greedy tokens are compared.  Exit
@@ -8,7 +8,7 @@ code 1 when a stage is off; the first one off is where to look.  Position ids ar
 on both sides: transformers 5 numbers what follows a clip differently (geometry.py).
 
 PyTorch runs first and is freed before JAX starts.  Memory: 4 bytes a parameter, 12 with
-gradients (a 7B: 33 GB, or 100 GB).
+gradients (a 7B: 33 GB, or 100 GB).  Both run on the CPU.
 """
 
 import argparse

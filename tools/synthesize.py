@@ -1,6 +1,6 @@
 """Seeds and a teacher -> trajectories for SFT, with what was dropped and why.
 
-  python tools/synthesize.py --config=configs/synthesize.py --workdir=DIR
+  pixel-jax synthesize --config=configs/synthesize.py --workdir=DIR
 
 The same command again goes on: what was answered is not asked twice.  Writes into DIR
   trajectories.jsonl   read by train_sft --config.data.uri=jsonl:DIR/trajectories.jsonl
@@ -16,13 +16,9 @@ import collections
 import contextlib
 import dataclasses
 import json
-import pathlib
-import sys
 import time
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pixel_jax import bucket, checkpoint, parallel, start, trajectory
 from pixel_jax.chat import encode, tokenizer
@@ -68,7 +64,7 @@ def open_codec(config, workdir) -> encode.Codec:
   if not sources.is_world(config.data.uri):
     raise start.ConfigError(
       "config.init is empty: ids need the tokenizer of the model to be trained. Give a "
-      "converted checkpoint (python tools/convert.py import --hf=DIR --out=DIR)"
+      "converted checkpoint (pixel-jax convert import --hf=DIR --out=DIR)"
     )
   words = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
   return start.make_codec(words, config.codec)

@@ -1,6 +1,6 @@
-"""The learning trap over several seeds: every seed, both arms, one table, one picture.
+"""The learning trap over several seeds: both arms, one table, one picture.
 
-  python tools/trap.py --out=runs/trap [--seeds 0 1 2 3] [--steps N]
+  pixel-jax trap --out=runs/trap [--seeds 0 1 2 3] [--steps N]
 
 For each seed: base skills, SFT, then the same RL run twice from the same SFT checkpoint,
 with curiosity (alpha = 0.5) and without (alpha = 0).  Seeds that do not show the trap
@@ -13,8 +13,6 @@ import json
 import pathlib
 import subprocess
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pixel_jax.view import charts
 

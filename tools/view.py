@@ -1,6 +1,6 @@
-"""Workdirs -> one HTML file: the before/after table, the curves, the trajectories.
+"""Workdirs -> one HTML page of tables, curves and trajectories.
 
-  python tools/view.py DIR [DIR2 ...] --out=report.html
+  pixel-jax view DIR [DIR2 ...] --out=report.html
 
 A DIR is the workdir of one run, or the folder that launch/local.sh fills (base, sft,
 rl, rl_alpha0, eval): every folder directly below it that holds a run is read too.  What
@@ -11,8 +11,6 @@ import argparse
 import json
 import pathlib
 import sys
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent.parent))
 
 from pixel_jax import start, trajectory
 from pixel_jax.chat import encode

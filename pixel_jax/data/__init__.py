@@ -11,7 +11,7 @@ pack.py        examples -> rows of tokens and patches
 pipeline.py    grain: source -> encode -> pack -> batches, resumable
 quarantine.py  records that cannot be used, and when they are too many
 
-Synthesis with a teacher (tools/synthesize.py, docs/synthesis.md):
+Synthesis with a teacher (pixel-jax synthesize, docs/synthesis.md):
 teacher.py     requests to a model: retries, rate, budget
 journal.py     what was asked, answered and spent, on disk
 prompts.py     what is asked, and what is taken from a reply

@@ -102,7 +102,7 @@ def check_task(task: Task) -> None:
   """Raises BadRecord for a question that cannot be learned from."""
   if not task.question and not task.answer and task.media:
     raise BadRecord(
-      f"task {task.id} is a bare {task.media[0].kind}; tools/synthesize.py makes "
+      f"task {task.id} is a bare {task.media[0].kind}; `pixel-jax synthesize` makes "
       "questions of such"
     )
   try:

@@ -2,7 +2,7 @@
 
   page = report(runs, evaluation, load_media, codec=codec)
 
-A `Run` is a workdir that was read (`tools/view.py` reads it): its metrics, its
+A `Run` is a workdir that was read (`pixel-jax view` reads it): its metrics, its
 config and its trajectories.  What is missing is left out and said.
 """
 

@@ -1,0 +1,59 @@
+"""Pixel Reasoner in JAX: every program under one name, from any folder.
+
+pixel-jax NAME [arguments]        pixel-jax NAME --help
+"""
+
+import ast
+import difflib
+import importlib.util
+import pathlib
+import runpy
+import sys
+
+PROGRAMS = {
+  "sft": "pixel_jax.train_sft",
+  "rl": "pixel_jax.train_rl",
+  "evaluate": "pixel_jax.evaluate",
+  "synthesize": "pixel_jax.tools.synthesize",
+  "inspect": "pixel_jax.tools.inspect_data",
+  "convert": "pixel_jax.tools.convert",
+  "parity": "pixel_jax.tools.parity",
+  "view": "pixel_jax.tools.view",
+  "trap": "pixel_jax.tools.trap",
+  "bench": "pixel_jax.tools.bench",
+  "compile-check": "pixel_jax.tools.compile_check",
+  "configs": "pixel_jax.tools.configs",
+}
+
+
+def main() -> None:
+  """Runs the program that the first argument names, as `python -m` would run it."""
+  name, *arguments = sys.argv[1:] or ["--help"]
+  if name in ("-h", "--help", "help"):
+    width = max(map(len, PROGRAMS))
+    listed = [f"  {n:{width}}  {_docstring(m, 1)}" for n, m in PROGRAMS.items()]
+    print(__doc__, *listed, sep="\n")
+  elif name not in PROGRAMS:
+    near = difflib.get_close_matches(name, PROGRAMS, 1, cutoff=0.0)[0]
+    known = ", ".join(PROGRAMS)
+    print(
+      f"error: pixel-jax {name} is unknown; did you mean {near}? Known: {known}",
+      file=sys.stderr,
+    )
+    sys.exit(2)
+  elif {"-h", "--help"} & set(arguments):
+    print(_docstring(PROGRAMS[name]))
+  else:
+    sys.argv = [f"pixel-jax {name}", *arguments]
+    runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
+
+
+def _docstring(module: str, lines: int | None = None) -> str:
+  """That of a module which is not imported: jax alone would take seconds."""
+  source = pathlib.Path(importlib.util.find_spec(module).origin)
+  text = ast.get_docstring(ast.parse(source.read_text(encoding="utf-8")))
+  return "\n".join(text.splitlines()[:lines])
+
+
+if __name__ == "__main__":
+  main()
