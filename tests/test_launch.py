@@ -6,13 +6,11 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def launch(*arguments, **kwargs):
@@ -73,38 +71,3 @@ def test_sigterm_saves_and_ends_the_whole_path(tmp_path):
 def test_an_unknown_option_is_told(arguments, told):
   process = launch(*arguments)
   assert process.returncode == 2 and told in process.stderr
-
-
-def commands():
-  """Every line of the README's code blocks that starts a program."""
-  blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.M | re.S)
-  lines = [line.split("  #")[0].strip() for b in blocks for line in b.splitlines()]
-  return [line for line in lines if line.startswith(("python ", "./"))]
-
-
-@pytest.mark.parametrize("command", commands())
-def test_the_readme_names_what_exists(command):
-  words = command.split()
-  if words[0].startswith("./"):
-    program = ROOT / words[0]
-    assert program.exists() and os.access(program, os.X_OK)
-  elif configs := [w for w in words if w.startswith("--config=")]:
-    file = words[2].replace(".", "/") + ".py" if words[1] == "-m" else words[1]
-    assert (ROOT / file).exists()
-    path, _, arg = configs[0].removeprefix("--config=").partition(":")
-    code = f"import runpy; runpy.run_path({path!r})['get_config'](*{[arg] * bool(arg)})"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
-  else:
-    shown = subprocess.run(
-      [sys.executable, words[1], "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert shown.returncode == 0, shown.stderr
-    for flag in re.findall(r"--[a-z]+", command):
-      assert flag in shown.stdout or words[1] == "tools/convert.py", flag
-
-
-def test_the_readme_names_no_file_that_is_missing():
-  for path in re.findall(
-    r"`((?:pixel_jax|tools|configs|launch|docs)/[\w/.]+)`", README
-  ):
-    assert (ROOT / path).exists(), path

@@ -253,17 +253,17 @@ def test_the_readme_on_one_gpu(base, tmp_path):
   """Its commands as they stand, with tiny for 7b: a bf16 base, two steps, PEFT out."""
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
   block = readme.partition("## One GPU: LoRA")[2].split("```")[1].strip()
-  convert = [sys.executable, ROOT / "tools" / "convert.py"]
+  program = [sys.executable, "-m", "pixel_jax"]
   theirs = tmp_path / "DIR"
-  first = [*convert, "export", f"--checkpoint={base}", f"--out={theirs}"]
+  first = [*program, "convert", "export", f"--checkpoint={base}", f"--out={theirs}"]
   steps = [f"--config.{k}={v}" for k, v in SMALL_SFT.items()]
   for words in (first, *(line.split() for line in block.splitlines())):
-    if words[0] == "python":
-      words = [
+    if words[0] == "pixel-jax":
+      words = program + [
         re.sub("=(DIR|CKPT|ADAPTER|MERGED|runs/lora)$", rf"={tmp_path}/\1", w)
-        for w in (sys.executable, *words[1:])
+        for w in words[1:]
       ]
-    if "-m" in words:
+    if "sft" in words:
       words = [w.replace(":7b", ":tiny") for w in words] + steps
     ran = subprocess.run(
       words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},

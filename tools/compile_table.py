@@ -17,7 +17,6 @@ from tqdm import tqdm
 from pixel_jax.configs import common, pods
 from pixel_jax.tools import compile_cost
 
-DOC = pathlib.Path(__file__).parents[1] / "docs/pods.md"
 BEGIN, END = "<!-- made by pixel-jax compile-check -->\n", "<!-- made until here -->\n"
 # Of a cell: where most is alive, and what the figures are of.
 PROGRAMS = {"sft": "update", "rl": "gradient,turn,decode"}
@@ -69,24 +68,28 @@ def make(folder: pathlib.Path, count: int, effort: float) -> None:
   """Compiles at most `count` of the cells that `folder` lacks; writes the table."""
   folder.mkdir(parents=True, exist_ok=True)
   missing = [c for c in cells() if not (folder / c.file).exists()][:count]
-  tool = pathlib.Path(__file__).with_name("compile_check.py")
   with tqdm(missing, disable=None) as bar:
     for cell in bar:
       bar.set_description(cell.file)
-      command = [sys.executable, str(tool), *cell.arguments, "--largest"]
-      command += [f"--programs={PROGRAMS[cell.kind]}"]
+      command = [sys.executable, "-m", "pixel_jax", "compile-check", *cell.arguments]
+      command += ["--largest", f"--programs={PROGRAMS[cell.kind]}"]
       command += [f"--effort={effort}", f"--json={folder / cell.file}"]
       done = subprocess.run(command, capture_output=True, text=True)
       if done.returncode not in (0, 1):  # 1: it does not fit, and the JSON says so
         print(f"{cell.file}: exit {done.returncode}: {done.stderr[-300:]}")
-  write(folder)
-  print(f"in {DOC}: the table of {len(list(folder.glob('*.json')))} checks in {folder}")
+  page = write(folder)
+  print(
+    f"in {page}: the table of {len(list(folder.glob('*.json')))} checks in {folder}"
+  )
 
 
-def write(folder: pathlib.Path) -> None:
-  before, _, rest = DOC.read_text().partition(BEGIN)
+def write(folder: pathlib.Path) -> pathlib.Path:
+  """Puts the table into pods.md beside the folder, where the last one stood."""
+  page = folder.parent / "pods.md"
+  before, _, rest = (page.read_text() if page.exists() else "").partition(BEGIN)
   after = rest.partition(END)[2]
-  DOC.write_text(before + BEGIN + table(folder) + END + after)
+  page.write_text(before + BEGIN + table(folder) + END + after)
+  return page
 
 
 def table(folder: pathlib.Path) -> str:

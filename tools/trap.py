@@ -18,30 +18,29 @@ from pixel_jax.view import charts
 
 ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
 MODES = ("free", "forbidden", "forced", "swapped")
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 
 def call(module: str, config: str, workdir: pathlib.Path, *overrides: str) -> None:
-  command = [sys.executable, "-m", f"pixel_jax.{module}", f"--config=configs/{config}"]
+  command = [sys.executable, "-m", f"pixel_jax.{module}", f"--config={config}"]
   command += [f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
   print("$", " ".join(command), flush=True)
-  subprocess.run(command, check=True, cwd=ROOT)
+  subprocess.run(command, check=True)
 
 
 def run_seed(out: pathlib.Path, seed: int, steps: int | None) -> dict:
   """Both arms of a seed; returns its evaluation."""
   base, sft = out / "base", out / "sft"
   of_seed = f"seed={seed}"
-  call("train_sft", "sft.py:tiny,base", base, of_seed)
-  call("train_sft", "sft.py:tiny", sft, of_seed, f"init={base}")
+  call("train_sft", "sft:tiny,base", base, of_seed)
+  call("train_sft", "sft:tiny", sft, of_seed, f"init={base}")
   policies = [f"BASE={base}", f"SFT={sft}"]
   for name, alpha in ARMS.items():
     workdir = out / f"rl_{alpha:g}"
     more = [f"total_steps={steps}"] if steps else []
     alone = [of_seed, f"init={sft}", f"reward.alpha={alpha}", *more]
-    call("train_rl", "rl.py:tiny", workdir, *alone)
+    call("train_rl", "rl:tiny", workdir, *alone)
     policies.append(f"RL {name}={workdir}")
-  call("evaluate", "evaluate.py:tiny", out / "eval", f"policies={','.join(policies)}")
+  call("evaluate", "evaluate:tiny", out / "eval", f"policies={','.join(policies)}")
   return json.loads((out / "eval" / "evaluation.json").read_text())
 
 
@@ -76,7 +75,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "trap")
+  parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/trap"))
   parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
   parser.add_argument("--steps", type=int, help="RL steps; default: the config's")
   args = parser.parse_args()
