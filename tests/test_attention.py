@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import rest_slow
 
 from pixel_jax import parallel
 from pixel_jax.model import attention as lib
@@ -79,7 +80,9 @@ def value_and_grads(f, q, k, v, weight):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize(("T", "most"), [(300, 90), (1000, 400), (1700, 700), (900, 9)])
+@pytest.mark.parametrize(
+  ("T", "most"), rest_slow([(300, 90), (1000, 400), (1700, 700), (900, 9)])
+)
 def test_blocks_equal_dense(T, most, causal):
   """Spans of few queries, blocks of many, ragged last ones: output and gradients."""
   B, N, K, H = 2, 2, 1, 8
@@ -137,7 +140,7 @@ def test_no_block_is_left_out(seed, most, causal):
   assert (np.asarray(high)[used] == last[used]).all()
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", rest_slow([False, True]))
 @pytest.mark.parametrize("impl", ["xla", "splash"])
 def test_what_nobody_sees_is_not_read(impl, causal, monkeypatch):
   """Masked values count with weight 0, but 0 x NaN is NaN: so nothing was computed."""
@@ -160,6 +163,7 @@ def test_what_nobody_sees_is_not_read(impl, causal, monkeypatch):
     np.testing.assert_array_equal(a[:, :, :1024], b[:, :, :1024])
 
 
+@pytest.mark.slow
 def test_no_square_of_scores():
   """Scores of [T T] never exist whole, neither forward nor backward."""
   T = 4096
@@ -192,13 +196,15 @@ def test_window_attention_on_ragged_windows(seed, P):
 
 # (impl, causal, shape of q, key-value heads); the first pads to blocks of 128, the second
 # has many blocks and skips most.
+HEAD = (1, 2, 130, 80)  # of the vision tower
 KERNELS = [
-  ("splash", True, (2, 4, 200, 16), 2),
-  ("splash", True, (2, 2, 1150, 16), 1),
-  ("splash", False, (2, 1, 1150, 16), 1),
-  ("splash", False, (1, 2, 130, 80), 2),  # a head of the vision tower
-  ("cudnn", True, (2, 4, 200, 16), 2),
-  ("cudnn", False, (1, 2, 130, 80), 2),
+  *rest_slow([("splash", True, (2, 4, 200, 16), 2), ("splash", True, (2, 2, 1150, 16), 1)]),
+  *rest_slow([("splash", False, HEAD, 2), ("splash", False, (2, 1, 1150, 16), 1)]),
+  *rest_slow([("cudnn", True, (2, 4, 200, 16), 2), ("cudnn", False, HEAD, 2)]),
+]
+
+
+  ),
 ]
 
 

@@ -132,6 +132,7 @@ def test_report(name, tmp_path):
     assert names == ["torch SDPA", "torch padded", "torch packed", "torch padded"]
 
 
+@pytest.mark.slow
 def test_without_a_peer_torch_is_not_needed(tmp_path):
   code = (
     "import sys; sys.modules['torch'] = None; "

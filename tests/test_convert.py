@@ -88,6 +88,7 @@ def test_a_run_can_start_from_an_import(source, tmp_path):
   )
 
 
+@pytest.mark.slow
 def test_half_size(source, tmp_path):
   ours = tmp_path / "ours"
   assert _convert("import", f"--hf={source}", f"--out={ours}", "--dtype=bfloat16") == 0
@@ -116,6 +117,7 @@ def _adapted(source):
   return config, jax.tree.map(lambda x: x + 0.01, params)
 
 
+@pytest.mark.slow
 def test_adapters_there_and_back(source, tmp_path):
   """A PEFT folder onto an HF folder and onto a checkpoint of ours; out as it was."""
   config, params = _adapted(source)

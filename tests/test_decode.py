@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from marks import rest_slow
 
 from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import config as model_config
@@ -85,6 +86,7 @@ def test_truncation_keeps_the_likeliest_and_reports_the_full_logp(
     assert t in kept and before[list(kept).index(t)] < top_p + 1e-5
 
 
+@pytest.mark.slow
 def test_greedy_and_tiny_top_p_agree():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(B, V)), jnp.float32)
   best = logits.argmax(-1)
@@ -204,7 +206,7 @@ def full_logits(model, rows):
   return np.array(qwen2_5_vl.logits(config, params, hidden))
 
 
-@pytest.mark.parametrize("pieces", [(8,), (3, 5)])
+@pytest.mark.parametrize(("pieces",), rest_slow([((3, 5),), ((8,),)]))
 def test_greedy_equals_the_argmax_of_a_full_pass(model, ids, pieces):
   cache = prefill(model, ids, pieces)
   _, tokens, logp, count = play(
@@ -242,6 +244,7 @@ def test_two_chunks_equal_one(model, ids):
     np.testing.assert_array_equal(one[i], np.concatenate([first[i], second[i]], axis=1))
 
 
+@pytest.mark.slow
 def test_a_chunk_follows_without_the_host(model, ids):
   """Where slots stand after a chunk is known on the device: stops, budgets, all."""
   cache, budget = prefill(model, ids, (8,)), [0, 1, 4, 5, 6, 9, 12, 12]
@@ -255,6 +258,7 @@ def test_a_chunk_follows_without_the_host(model, ids):
   assert not np.asarray(standing.budget).any() and END in tokens
 
 
+@pytest.mark.slow
 def test_lanes_above_rest(model, ids):
   cache = prefill(model, ids, (8,))
   whole = send(model, cache, slots(ids, [4] * B))

@@ -130,7 +130,7 @@ def test_a_script_takes_what_is_printed(command):
   assert os.access(script, os.X_OK)
   if script.stem in ("local", "test"):  # they have no dry run: their help has the flags
     shown = subprocess.run(
-      [script, "--help"], capture_output=True, text=True, timeout=60
+      [script, "--help"], capture_output=True, text=True, timeout=600
     )
     assert shown.returncode == 0
     for flag in re.findall(r"--[a-z]+", command):
@@ -138,7 +138,7 @@ def test_a_script_takes_what_is_printed(command):
     return
   rest = [w for w in words[1:] if w != "--dry-run"]
   shown = subprocess.run(
-    [script, "--dry-run", *rest], capture_output=True, text=True, timeout=120,
+    [script, "--dry-run", *rest], capture_output=True, text=True, timeout=600,
     env=os.environ | {"HOME": "/nowhere"},
   )  # fmt: skip
   assert shown.returncode == 0, shown.stderr

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import questions
+from marks import rest_slow
 from questions import ANSWER, crop, load_media, replay, select, task
 
 from pixel_jax.batch import Batch
@@ -300,6 +301,7 @@ def test_scripted_turns_do_not_depend_on_neighbours(world, scripted):
     assert [summary(f) for f in alone[0]] == [summary(f) for f in crowd[i]]
 
 
+@pytest.mark.slow
 def test_a_late_reader_hears_the_same(world, plain):
   """Chunks sent off before the last is read: other schedules, the same rollouts."""
   codec, config, params = world
@@ -350,6 +352,7 @@ def test_buckets_change_nothing_but_rounding(world, plain, record_property):
   check_logp(world, free)
 
 
+@pytest.mark.slow
 def test_steady_state_keeps_the_slots_busy(world):
   """Log-normal turns, as performance.md 6.1 scaled: mean 40 tokens for chunks of 4."""
   codec, config, params = world
@@ -468,6 +471,7 @@ def test_one_engine_on_a_tensor_mesh(world, plain):
   assert playing.compiles == compiled
 
 
+@pytest.mark.slow
 def test_bfloat16_engine_agrees_with_itself(world):
   codec, config, params = world
   playing = engine.Engine(
@@ -506,7 +510,7 @@ def test_a_long_prompt_goes_in_pieces_and_is_shared(world, wide):
   check_logp(world, flat(groups))
 
 
-@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("lag", rest_slow([0, 1]))
 def test_what_has_no_room_is_set_aside(world, lag):
   codec, config, params = world
   playing = engine.Engine(

@@ -83,17 +83,18 @@ def test_shards_that_do_not_divide_are_refused():
 
 
 def test_a_failure_is_raised_and_ends_the_others():
-  begun = time.monotonic()
+  played = []
 
   def play(task, progress):
     if task.shard == 2:
       raise OSError("unreadable")
+    played.append(task)
     time.sleep(0.02)
 
   f = make(play=play)
   with pytest.raises(OSError, match="unreadable"):
     f.run("abcd", tasks(8, 5000))
-  assert time.monotonic() - begun < 5
+  assert len(played) < 2500  # of 3,750 that the other engines were given
 
 
 def test_only_where_no_prompt_has_room_the_run_ends():

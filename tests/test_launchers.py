@@ -74,7 +74,7 @@ class Cloud:
     drop = ("SLURM", "XDG", "WANDB", "OPENAI")
     keep = {k: v for k, v in os.environ.items() if not k.startswith(drop)}
     return subprocess.run(
-      ["bash", *command], cwd=ROOT, capture_output=True, text=True, timeout=120,
+      ["bash", *command], cwd=ROOT, capture_output=True, text=True, timeout=600,
       env=keep | {"HOME": str(self.here), "HF_TOKEN": SECRET, "PIXEL_JAX_POLL": "0",
                   "PATH": f"{self.here / 'bin'}:{os.environ['PATH']}"} | env,
     )  # fmt: skip
@@ -224,7 +224,7 @@ def test_xpk_takes_the_command(cloud):
   (box / "code").mkdir(parents=True)
   (box / "env").write_text("HF_TOKEN\n")
   done = subprocess.run(
-    [*line, "--dry-run", "--skip-validation"], capture_output=True, text=True, timeout=120,
+    [*line, "--dry-run", "--skip-validation"], capture_output=True, text=True, timeout=600,
     env=os.environ | {"HF_TOKEN": "dummy"},
   )  # fmt: skip
   assert done.returncode == 0, done.stdout + done.stderr
@@ -276,12 +276,12 @@ def worker(tmp_path):
   return start
 
 
-def ends(process, timeout=120):
+def ends(process, timeout=600):
   said, _ = process.communicate(timeout=timeout)
   return process.returncode, said
 
 
-def wait_for(condition, timeout=120):
+def wait_for(condition, timeout=600):
   until = time.monotonic() + timeout
   while not condition():
     assert time.monotonic() < until, "timed out"

@@ -103,6 +103,7 @@ def test_no_array_of_all_logits_is_compiled():
   assert max(sizes) == limit * V  # one chunk; B T V is 16 of them
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_bf16_head_is_summed_in_f32():
   """Each chunk adds 2^-9 of what is there: in bf16 nothing would arrive."""
   hidden, head, labels, equation = given(dtype=jnp.bfloat16)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import rest_slow
 from test_model import CONFIGS, IMAGE, PIECES, alone, close, example, noisy
 
 from pixel_jax import optim, parallel, start
@@ -157,8 +158,7 @@ def test_the_graph_holds_two_small_matmuls_a_matrix():
   assert matmuls(everything) == bare + 2 * len(matrices(everything))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", rest_slow(CONFIGS))
 def test_merged_equals_unmerged(name):
   """Scanned, in periods and unrolled; images, a video and text."""
   config = adapted(CONFIGS[name], EVERYTHING)
@@ -175,6 +175,7 @@ def test_merged_equals_unmerged(name):
   assert np.abs(np.asarray(got - plain)).max() > 0.01 * np.abs(np.asarray(got)).max()
 
 
+@pytest.mark.slow
 def test_with_a_cache(tiny):
   config, params = tiny
   e = example(config, 0, [9])
@@ -212,6 +213,7 @@ def test_merging_by_formula(tiny):
   close(inside["text"]["blocks"]["q"]["w"], merged["text"]["blocks"]["q"]["w"], 1e-6)
 
 
+@pytest.mark.slow
 def test_merging_rounds_once(tiny):
   config, params = tiny
   half = jax.tree_util.tree_map_with_path(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import rest_slow
 
 from pixel_jax.batch import Batch
 from pixel_jax.model import config as config_lib
@@ -223,6 +224,7 @@ PIECES = [5, IMAGE, 3, LARGE, 4, VIDEO, 6]
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_gradients_equal_transformers(name):
   """Two images, ragged windows and a video in one sequence; every parameter's gradient."""
@@ -255,6 +257,7 @@ def test_logits_and_gradients_equal_transformers(name):
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 def test_every_block_equals_transformers():
   """Towers cut after each block; their hidden states are taken by hooks."""
   import torch
@@ -298,6 +301,7 @@ def test_every_block_equals_transformers():
 
 
 @pytest.mark.torch
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny", "tied"])
 def test_greedy_generation_equals_transformers(name):
   import torch
@@ -408,7 +412,7 @@ def test_a_picture_shared_by_two_segments():
 # ---- Log-probs -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chunk", [1, 7 * 2, 10**6])
+@pytest.mark.parametrize("chunk", rest_slow([7 * 2, 1, 10**6]))
 def test_logp_is_log_softmax_whatever_the_chunk(chunk):
   config = dataclasses.replace(ONE, logp_chunk=chunk)
   params = noisy(config)
@@ -465,6 +469,7 @@ def test_where_leaves_out_what_is_not_wanted():
   jax.tree.map(lambda a, b: close(a, b, 1e-5), grads, want_grads)
 
 
+@pytest.mark.slow
 def test_logits_of_all_tokens_never_exist():
   """With chunks, the step needs less memory than f32[B T V] alone."""
   text = dataclasses.replace(ONE.text, vocab=50_000)
@@ -658,7 +663,7 @@ def test_bf16_runs_close_to_f32():
   assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", rest_slow(CONFIGS))
 def test_parameter_paths_are_those_of_the_table(name):
   config = CONFIGS[name]
   abstract = model.abstract(config)

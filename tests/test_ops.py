@@ -399,8 +399,8 @@ def test_nothing_a_model_writes_raises(arguments, seen, profile, source, operati
 def test_large_arguments_are_refused_at_once(text, profile):
   arguments = json.loads(text)
   seen = Seen([_video(16)])
-  start = time.perf_counter()
+  start = time.process_time()
   for operation in (ops.crop_image_normalized, ops.select_frames):
     got = operation(seen, arguments, profile=profile)
     assert isinstance(got, OpError) and len(got.text) <= ops.MAX_TEXT
-  assert time.perf_counter() - start < 1
+  assert time.process_time() - start < 10  # of CPU; it takes a hundredth

@@ -320,7 +320,7 @@ def test_two_processes(tmp_path):
     for rank in range(2)
   ]
   try:
-    outputs = [c.communicate(timeout=120)[0] for c in children]
+    outputs = [c.communicate(timeout=600)[0] for c in children]
   finally:
     for c in children:
       c.kill()

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from marks import rest_slow
 
 from pixel_jax import checkpoint, parallel, start
 from pixel_jax.chat import encode, tokenizer
@@ -82,7 +83,7 @@ def test_new_adapters_on_a_checkpoint_without(tmp_path, mesh, dtype):
     assert got[path].any() == path.endswith("/lora_a"), path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", rest_slow(["bfloat16", "float32"]))
 def test_stored_adapters_are_kept(tmp_path, mesh, dtype):
   want = saved(tmp_path, CONFIG, dtype)
   got = load(tmp_path, CONFIG, CONFIG.lora, mesh)

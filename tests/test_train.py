@@ -67,7 +67,7 @@ def kill_at(entry, workdir, step, number=signal.SIGKILL, **overrides):
     assert time.monotonic() < until
     time.sleep(0.02)
   process.send_signal(number)
-  out, _ = process.communicate(timeout=120)
+  out, _ = process.communicate(timeout=600)
   if number == signal.SIGTERM:
     assert process.returncode == 0 and "stopped by SIGTERM: step " in out, out
     saved = checkpoint.complete_steps(pathlib.Path(workdir) / "checkpoints")[-1]
@@ -267,7 +267,7 @@ def test_the_readme_on_one_gpu(base, tmp_path):
       words = [w.replace(":7b", ":tiny") for w in words] + steps
     ran = subprocess.run(
       words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-      capture_output=True, text=True, timeout=300,
+      capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
   saved = params_of(tmp_path / "runs" / "lora")
@@ -299,7 +299,7 @@ def test_a_mistake_in_the_config_is_told_in_one_line(flags, told, tmp_path):
   process = subprocess.run(
     [*command(SFT, tmp_path / "run"), *flags],
     cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
-    text=True, timeout=120,
+    text=True, timeout=600,
   )  # fmt: skip
   assert process.returncode == 2, process.stderr
   last = process.stderr.strip().splitlines()[-1]
@@ -312,7 +312,7 @@ def test_a_config_that_does_not_exist_is_told(config, tmp_path):
   process = subprocess.run(
     command(("train_sft", config), tmp_path / "run"),
     cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
-    text=True, timeout=120,
+    text=True, timeout=600,
   )  # fmt: skip
   last = process.stderr.strip().splitlines()[-1]
   assert process.returncode == 2 and last.startswith("error: ")

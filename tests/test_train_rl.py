@@ -10,6 +10,7 @@ import layouts
 import ml_collections
 import numpy as np
 import pytest
+from marks import rest_slow
 
 from pixel_jax import train_rl, trajectory
 from pixel_jax.evals import common
@@ -57,7 +58,7 @@ def run(rl, tmp_path, monkeypatch):
   return start
 
 
-@pytest.mark.parametrize("layout", layouts.QUESTIONS)
+@pytest.mark.parametrize("layout", rest_slow(layouts.QUESTIONS))
 def test_rl_runs_from_every_source_by_one_line(layout, run, tmp_path):
   ((line,), played) = run(tmp_path, layout(tmp_path, 8), layout.__name__)
   assert np.isfinite([line["loss"], line["eval/accuracy"]]).all()
@@ -97,6 +98,7 @@ def test_a_step_decodes_the_pictures_of_its_questions_once(run, tmp_path, monkey
   assert list(val.values()) == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
   """Questions with pictures and without, some of them bad: the config says how many."""
   few = layouts.text_only(tmp_path, 4)
@@ -112,6 +114,7 @@ def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
   assert all(np.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
+@pytest.mark.slow
 def test_told_to_leave_in_an_update(rl, tmp_path, monkeypatch):
   """The step is given up, also after the first of its updates."""
   monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
