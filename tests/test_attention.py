@@ -198,13 +198,11 @@ def test_window_attention_on_ragged_windows(seed, P):
 # has many blocks and skips most.
 HEAD = (1, 2, 130, 80)  # of the vision tower
 KERNELS = [
-  *rest_slow([("splash", True, (2, 4, 200, 16), 2), ("splash", True, (2, 2, 1150, 16), 1)]),
+  *rest_slow(
+    [("splash", True, (2, 4, 200, 16), 2), ("splash", True, (2, 2, 1150, 16), 1)]
+  ),
   *rest_slow([("splash", False, HEAD, 2), ("splash", False, (2, 1, 1150, 16), 1)]),
   *rest_slow([("cudnn", True, (2, 4, 200, 16), 2), ("cudnn", False, HEAD, 2)]),
-]
-
-
-  ),
 ]
 
 

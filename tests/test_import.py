@@ -60,7 +60,7 @@ def test_every_module_without_torch_or_device():
 def test_everything_imported_is_a_declared_dependency():
   """A machine without the test extra has only these (jaxtyping was once missing)."""
   project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-  declared = {re.split(r"[\[<>=]", d)[0].lower() for d in project["dependencies"]}
+  declared = {re.split(r"[\[<>=;]", d)[0].lower() for d in project["dependencies"]}
   optional = {
     "wandb",
     "torch",

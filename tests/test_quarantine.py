@@ -384,7 +384,7 @@ def resident() -> int:
   return (pages[1] - pages[2]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.parametrize("n", rest_slow([5_000, 100_000]))
+@pytest.mark.parametrize("n", rest_slow([8_000, 100_000]))
 def test_memory_stays_flat_over_many_records(n, tmp_path):
   out = io.BytesIO()
   Image.new("RGB", (30, 30)).save(out, "PNG")

@@ -1,9 +1,11 @@
 """The entry points as a user runs them: whole, killed and started again, on 8 devices."""
 
+import importlib
 import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pixel_jax import checkpoint, trajectory
+from pixel_jax.evals import common
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SFT = ("train_sft", "configs/sft.py:tiny,base")
@@ -96,37 +99,50 @@ def assert_same_run(one, other):
     assert np.array_equal(a[path], b[path]), path
 
 
+# ---- In this process -----------------------------------------------------------------
+
+
+def play(entry, workdir, **overrides):
+  """An entry point's `main` on its config, as `start.run` calls it."""
+  module, config = entry
+  name, arg = re.fullmatch(r"configs/(\w+)\.py:(.*)", config).groups()
+  config = importlib.import_module(f"pixel_jax.configs.{name}").get_config(arg)
+  config.update_from_flattened_dict(overrides)
+  importlib.import_module(f"pixel_jax.{module}").main(config, workdir)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
   """A base run of a few steps that was not disturbed."""
   workdir = tmp_path_factory.mktemp("runs") / "base"
-  out = run(SFT, workdir, **SMALL_SFT)
-  assert "done: 5 steps" in out
+  play(SFT, workdir, **SMALL_SFT)
   return workdir
 
 
 @pytest.fixture(scope="module")
-def able(base):
-  """A policy that gives answers, right ones by chance: its groups are not uniform."""
-  workdir = base.parent / "able"
-  few = {"total_steps": 60, "save_every": 60, "eval_every": 60}
-  run(SFT, workdir, **SMALL_SFT | few)
-  return workdir
+def judged():
+  """A policy of a few steps is never right: it is rewarded for something."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+    yield
 
 
 @pytest.fixture(scope="module")
-def rl(able):
-  workdir = able.parent / "rl"
-  run(RL, workdir, init=able, **SMALL_RL)
+def rl(base, judged):
+  workdir = base.parent / "rl"
+  play(RL, workdir, init=str(base), **SMALL_RL)
   return workdir
 
 
-@pytest.fixture(scope="module")
-def adapted(able):
-  """SFT under LoRA from a policy without adapters."""
-  workdir = able.parent / "adapted"
-  run(("train_sft", "configs/sft.py:tiny"), workdir, init=able, **LORA, **SMALL_SFT)
-  return workdir
+def cut_back(run, step, to):
+  """A copy of a run as a kill leaves it: later lines are told, but nothing is saved."""
+  shutil.copytree(run, to)
+  for saved in (to / "checkpoints").iterdir():
+    if saved.name.isdigit() and int(saved.name) > step:
+      shutil.rmtree(saved)
+  lines = (to / "metrics.jsonl").read_text().splitlines(keepends=True)
+  (to / "metrics.jsonl").write_text("".join(lines[: step + 1]) + '{"step": 4, "lo')
+  return to
 
 
 def test_sft_leaves_what_the_next_stage_needs(base):
@@ -138,14 +154,10 @@ def test_sft_leaves_what_the_next_stage_needs(base):
   assert checkpoint.complete_steps(base / "checkpoints") == [2, 4, 5]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-  "step, number", [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGTERM)]
-)
-def test_killed_sft_goes_on_bit_for_bit(base, step, number, tmp_path):
-  kill_at(SFT, tmp_path / "run", step, number, **SMALL_SFT)
-  run(SFT, tmp_path / "run", **SMALL_SFT)
-  assert_same_run(base, tmp_path / "run")
+def test_sft_goes_on_bit_for_bit(base, tmp_path):
+  again = cut_back(base, 2, tmp_path / "run")
+  play(SFT, again, **SMALL_SFT)
+  assert_same_run(base, again)
 
 
 def test_rl_logs_agreement_and_rewards(rl):
@@ -162,10 +174,21 @@ def test_rl_logs_agreement_and_rewards(rl):
     assert all(t.stop and "total" in t.reward for t in kept)
 
 
-def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
+def test_rl_goes_on_bit_for_bit(base, rl, tmp_path):
+  again = cut_back(rl, 2, tmp_path / "run")
+  play(RL, again, init=str(base), **SMALL_RL)
+  assert_same_run(rl, again)
+  for file in sorted((rl / "trajectories").iterdir()):
+    assert (again / "trajectories" / file.name).read_text() == file.read_text(), (
+      file.name
+    )
+
+
+def test_rl_goes_on_past_prompts_that_have_no_room(base, judged, tmp_path, caplog):
   """Images take 14 tokens, clips 9: three groups of four are set aside."""
   short = {"engine.max_prompt": 8, "engine.prompt_len": 8, "total_steps": 2}
-  out = run(RL, tmp_path / "run", init=able, **SMALL_RL | short)
+  play(RL, tmp_path / "run", init=str(base), **SMALL_RL | short)
+  out = caplog.text
   assert "set aside: the prompt of task" in out and "`max_prompt`" in out
   rows = read_metrics(tmp_path / "run")
   assert [r["rollout/too_long_prompts"] for r in rows] == [3.0, 3.0]
@@ -178,13 +201,71 @@ def test_rl_goes_on_past_prompts_that_have_no_room(able, tmp_path):
     assert sum(not any(t.sampled) for t in kept) == 3 * 8
 
 
+def test_evaluate_makes_the_table(base, rl, tmp_path):
+  entry = ("evaluate", "configs/evaluate.py:tiny")
+  few = {"data.tasks": 8, "engine.slots": 32}  # the programs of RL
+  play(entry, tmp_path / "eval", policies=f"BASE={base},RL={rl}", **few)
+  result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+  assert [r["name"] for r in result["rows"]] == ["BASE", "RL"]
+  for row in result["rows"]:
+    for mode in ("free", "forbidden", "forced"):
+      low, high = row["modes"][mode]["ci"]
+      assert low <= row["modes"][mode]["accuracy"] <= high
+    assert row["modes"]["forbidden"]["rapr"] == 0
+
+
+# ---- Processes of their own, killed and told to leave --------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(base):
+  """The base run as a process of one device."""
+  workdir = base.parent / "whole"
+  assert "done: 5 steps" in run(SFT, workdir, **SMALL_SFT)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def able(tmp_path_factory):
+  """A policy that gives answers, right ones by chance: its groups are not uniform."""
+  workdir = tmp_path_factory.mktemp("able") / "able"
+  few = {"total_steps": 60, "save_every": 60, "eval_every": 60}
+  run(SFT, workdir, **SMALL_SFT | few)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def whole_rl(able):
+  workdir = able.parent / "rl"
+  run(RL, workdir, init=able, **SMALL_RL)
+  return workdir
+
+
+@pytest.fixture(scope="module")
+def adapted(able):
+  """SFT under LoRA from a policy without adapters."""
+  workdir = able.parent / "adapted"
+  run(("train_sft", "configs/sft.py:tiny"), workdir, init=able, **LORA, **SMALL_SFT)
+  return workdir
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "step, number", [(1, signal.SIGKILL), (3, signal.SIGKILL), (1, signal.SIGTERM)]
+)
+def test_killed_sft_goes_on_bit_for_bit(whole, step, number, tmp_path):
+  kill_at(SFT, tmp_path / "run", step, number, **SMALL_SFT)
+  run(SFT, tmp_path / "run", **SMALL_SFT)
+  assert_same_run(whole, tmp_path / "run")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("step, number", [(3, signal.SIGKILL), (1, signal.SIGTERM)])
-def test_killed_rl_goes_on_bit_for_bit(able, rl, step, number, tmp_path):
+def test_killed_rl_goes_on_bit_for_bit(able, whole_rl, step, number, tmp_path):
   kill_at(RL, tmp_path / "run", step, number, init=able, **SMALL_RL)
   run(RL, tmp_path / "run", init=able, **SMALL_RL)
-  assert_same_run(rl, tmp_path / "run")
-  for file in sorted((rl / "trajectories").iterdir()):
+  assert_same_run(whole_rl, tmp_path / "run")
+  for file in sorted((whole_rl / "trajectories").iterdir()):
     assert (tmp_path / "run" / "trajectories" / file.name).read_text() == (
       file.read_text()
     ), file.name
@@ -192,9 +273,9 @@ def test_killed_rl_goes_on_bit_for_bit(able, rl, step, number, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", [SFT, RL])
-def test_eight_devices_give_the_losses_of_one(entry, able, base, rl, tmp_path):
+def test_eight_devices_give_the_losses_of_one(entry, able, whole, whole_rl, tmp_path):
   mesh = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2}
-  small, one = (SMALL_SFT, base) if entry is SFT else (SMALL_RL, rl)
+  small, one = (SMALL_SFT, whole) if entry is SFT else (SMALL_RL, whole_rl)
   if entry is RL:
     mesh["fleet.tensor"] = 2  # four engines for four shards
   init = {} if entry is SFT else {"init": able}
@@ -281,52 +362,62 @@ def test_the_readme_on_one_gpu(base, tmp_path):
   assert load_file(tmp_path / "MERGED" / "model.safetensors").keys() == names
 
 
-@pytest.mark.parametrize(
-  "flags, told",
-  [
-    (["--config.total_stepz=3"], "total_steps"),
-    (["--config.optim.lrr=3"], '"lr"'),
-    (["--config.mesh.zzz=3"], "config.mesh.zzz"),
-    (["--config.total_steps=many"], "total_steps"),
-    (["--config.mesh.data=3"], "mesh"),
-    (["--config.data.uri=world:tarin"], "train"),
-    (["--config.init=/nowhere"], "/nowhere"),
-    (["--config.synthesis.jitter=abc"], "jitter"),
-    (["--config.lora.rank=4", "--config.lora.targets=('q_proj',)"], "text/blocks/q"),
-  ],
-)
-def test_a_mistake_in_the_config_is_told_in_one_line(flags, told, tmp_path):
-  process = subprocess.run(
-    [*command(SFT, tmp_path / "run"), *flags],
-    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
-    text=True, timeout=600,
+# ---- Mistakes ------------------------------------------------------------------------
+
+MISTAKES = {
+  "--config.total_stepz=3": "total_steps",
+  "--config.optim.lrr=3": '"lr"',
+  "--config.mesh.zzz=3": "config.mesh.zzz",
+  "--config.total_steps=many": "total_steps",
+  "--config.mesh.data=3": "mesh",
+  "--config.data.uri=world:tarin": "train",
+  "--config.init=/nowhere": "/nowhere",
+  "--config.synthesis.jitter=abc": "jitter",
+  "--config.lora.rank=4 --config.lora.targets=('q_proj',)": "text/blocks/q",
+  "--config=configs/sfft.py:tiny": "did you mean sft",
+  "--config=configs/sft.py:tinny": "tinny",
+}
+
+# A process for each would import jax each time; so they are forks of one, which has not
+# touched a device yet.
+FORKS = """
+import json, os, sys
+from pixel_jax import start, train_sft
+for argv in json.load(sys.stdin):
+  read, write = os.pipe()
+  if not (pid := os.fork()):
+    os.dup2(write, 2)
+    sys.argv = argv
+    try:
+      start.run(train_sft.main)
+    except SystemExit as end:
+      os._exit(end.code or 0)
+    finally:
+      sys.stderr.flush()
+    os._exit(9)
+  os.close(write)
+  said = os.fdopen(read).read()
+  print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory):
+  """What a wrong command says, and its exit code."""
+  right = command(SFT, tmp_path_factory.mktemp("wrong") / "run")[2:]
+  asked = [[*right, *flags.split()] for flags in MISTAKES]
+  done = subprocess.run(
+    [sys.executable, "-c", FORKS], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    input=json.dumps(asked), capture_output=True, text=True, timeout=600,
   )  # fmt: skip
-  assert process.returncode == 2, process.stderr
-  last = process.stderr.strip().splitlines()[-1]
-  assert last.startswith("error: ") and told in last
-  assert "Traceback" not in process.stderr
+  assert done.returncode == 0, done.stderr
+  return dict(zip(MISTAKES, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.parametrize("config", ["configs/sfft.py:tiny", "configs/sft.py:tinny"])
-def test_a_config_that_does_not_exist_is_told(config, tmp_path):
-  process = subprocess.run(
-    command(("train_sft", config), tmp_path / "run"),
-    cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True,
-    text=True, timeout=600,
-  )  # fmt: skip
-  last = process.stderr.strip().splitlines()[-1]
-  assert process.returncode == 2 and last.startswith("error: ")
-  assert "sfft.py" in last or "tinny" in last
-
-
-def test_evaluate_makes_the_table(base, rl, tmp_path):
-  entry = ("evaluate", "configs/evaluate.py:tiny")
-  policies = f"BASE={base},RL={rl}"
-  run(entry, tmp_path / "eval", policies=policies, **{"data.tasks": 8})
-  result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
-  assert [r["name"] for r in result["rows"]] == ["BASE", "RL"]
-  for row in result["rows"]:
-    for mode in ("free", "forbidden", "forced"):
-      low, high = row["modes"][mode]["ci"]
-      assert low <= row["modes"][mode]["accuracy"] <= high
-    assert row["modes"]["forbidden"]["rapr"] == 0
+@pytest.mark.parametrize("flags", MISTAKES)
+def test_a_mistake_in_the_command_is_told_in_one_line(flags, told):
+  code, said = told[flags]
+  assert code == 2, said
+  last = said.strip().splitlines()[-1]
+  assert last.startswith("error: ") and MISTAKES[flags] in last
+  assert "Traceback" not in said

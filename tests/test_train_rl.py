@@ -16,13 +16,11 @@ from pixel_jax import train_rl, trajectory
 from pixel_jax.evals import common
 from pixel_jax.pixels import image
 
-pytestmark = pytest.mark.slow  # the programs are compiled once for all
-
 
 @pytest.fixture(scope="module")
 def rl():
   """The tiny config on foreign data: every URI is the same programs."""
-  config = importlib.import_module("configs.rl").get_config("tiny")
+  config = importlib.import_module("pixel_jax.configs.rl").get_config("tiny")
   config.total_steps = config.eval_every = config.save_every = 1
   config.keep_trajectories_every, config.optim.warmup_steps = 1, 0
   config.data.shards, config.eval.tasks = 2, 3
