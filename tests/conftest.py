@@ -21,7 +21,7 @@ jaxtyping.install_import_hook(["pixel_jax.model", "pixel_jax.rl"], "beartype.bea
 
 
 # Whole runs, minutes each: first, so that no worker is left alone with them at the end.
-LONG = ("test_train.py", "test_launch.py", "test_bench.py")
+LONG = ("test_train.py", "test_launch.py", "test_engine.py", "test_model.py")
 
 
 def pytest_addoption(parser):

@@ -204,7 +204,8 @@ def test_rl_goes_on_past_prompts_that_have_no_room(base, judged, tmp_path, caplo
 def test_evaluate_makes_the_table(base, rl, tmp_path):
   entry = ("evaluate", "configs/evaluate.py:tiny")
   few = {"data.tasks": 8, "engine.slots": 32}  # the programs of RL
-  play(entry, tmp_path / "eval", policies=f"BASE={base},RL={rl}", **few)
+  # A process of one device: here it would play on engines of eight.
+  run(entry, tmp_path / "eval", policies=f"BASE={base},RL={rl}", **few)
   result = json.loads((tmp_path / "eval" / "evaluation.json").read_text())
   assert [r["name"] for r in result["rows"]] == ["BASE", "RL"]
   for row in result["rows"]:

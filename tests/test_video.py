@@ -18,9 +18,9 @@ def _level(i):
   return 12 * (i % 20) + 8
 
 
-def _frame(i) -> np.ndarray:
+def _frame(i, size=(WIDTH, HEIGHT)) -> np.ndarray:
   """Frame i: its grey level is its number; a white corner shows which way is up."""
-  frame = np.full((HEIGHT, WIDTH, 3), _level(i), np.uint8)
+  frame = np.full((size[1], size[0], 3), _level(i), np.uint8)
   frame[:16, :16] = 255
   return frame
 
@@ -31,19 +31,24 @@ def _number(frame) -> int:
   return round((level - 8) / 12)
 
 
-def _write(path, num, *, rate=8, times=None, rotation=0, container="mp4", b_frames=0):
+def _write(
+  path, num, *, rate=8, times=None, rotation=0, container="mp4", b_frames=0,
+  size=(WIDTH, HEIGHT), pixels="yuv420p", codec="libx264",
+):  # fmt: skip
   """A clip of `num` frames; `times` are in 1/1000 s."""
-  av = pytest.importorskip("av")
   from fractions import Fraction
+
+  import av
 
   with av.open(str(path), "w", format=container) as out:
     options = {"crf": "5", "bf": str(b_frames), "b_strategy": "0"}
-    stream = out.add_stream("libx264", rate=rate, options=options)
-    stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+    options = options if codec == "libx264" else {}
+    stream = out.add_stream(codec, rate=rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = *size, pixels
     if times is not None:
       stream.codec_context.time_base = Fraction(1, 1000)
     for i in range(num):
-      frame = av.VideoFrame.from_ndarray(_frame(i), format="rgb24")
+      frame = av.VideoFrame.from_ndarray(_frame(i, size), format="rgb24")
       if times is not None:
         frame.pts, frame.time_base = times[i], Fraction(1, 1000)
       out.mux(stream.encode(frame))
@@ -88,14 +93,43 @@ def test_frames_are_spread_evenly(tmp_path, num, num_frames, expected, container
   assert clip.seconds_per_frame == pytest.approx(num / 8 / len(expected), abs=2e-3)
 
 
-def test_pixels_equal_another_decoder(tmp_path):
-  """decord's RGB is PyAV's, bit for bit, in any order of reading."""
-  av = pytest.importorskip("av")
-  path = _write(tmp_path / "clip.mp4", 12)
-  with av.open(str(path)) as f:
-    expected = [frame.to_ndarray(format="rgb24") for frame in f.decode(video=0)]
-  clip = video.read_video(str(path), num_frames=12)
-  np.testing.assert_array_equal(np.stack(clip.frames), np.stack(expected))
+CLIPS = {
+  "plain": dict(num=30),
+  "b_frames": dict(num=16, b_frames=3),
+  "uneven": dict(
+    num=20, times=[i * 40 if i < 10 else 900 * i - 8600 for i in range(20)]
+  ),
+  "turned": dict(num=10, rotation=90),
+  "matroska": dict(num=20, container="matroska"),
+  "avi": dict(num=20, container="avi"),
+  "one": dict(num=1),
+  "odd": dict(num=10, size=(130, 98)),
+  "wide_colour": dict(num=10, pixels="yuv444p"),
+  "ten_bits": dict(num=10, pixels="yuv420p10le"),
+  "hevc": dict(num=10, codec="libx265"),
+  "webm": dict(num=20, codec="libvpx", container="webm"),
+}
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_both_readers_give_the_same(name, tmp_path, monkeypatch):
+  """The same frames, bit for bit, at the same times; rotation is applied by both."""
+  pytest.importorskip("decord")
+  path = _write(tmp_path / "clip", **CLIPS[name])
+  by_decord = video.read_video(path, num_frames=8)
+  monkeypatch.setattr(video, "_by_decord", video._by_av)
+  by_av = video.read_video(path.read_bytes(), num_frames=8)
+  np.testing.assert_array_equal(np.stack(by_decord.frames), np.stack(by_av.frames))
+  # decord rounds to float32.
+  np.testing.assert_allclose(by_decord.timestamps, by_av.timestamps, atol=1e-5)
+  assert by_decord.seconds_per_frame == pytest.approx(by_av.seconds_per_frame, rel=1e-5)
+
+
+def test_a_clip_that_decord_refuses_is_read(tmp_path):
+  path = _write(tmp_path / "thin.mp4", 10, size=(16, 90))
+  clip = video.read_video(path, num_frames=4)
+  assert [f.size for f in clip.frames] == [(16, 90)] * 4
+  np.testing.assert_allclose(clip.timestamps, np.array([0, 3, 6, 9]) / 8)
 
 
 def test_b_frames_come_in_the_order_of_showing(tmp_path):

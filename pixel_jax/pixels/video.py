@@ -12,13 +12,16 @@ last unequally long, the ones nearest to n equal steps of *time* (a frame that s
 the screen may then be taken twice).  seconds_per_frame = duration / n, Qwen's rule, so
 that `second_per_grid` = 2 * seconds_per_frame.
 
-decord reads the file, imported only here.  Its traps (reference/oracles.md 5.2): a
-reader shared by threads, or opened before a fork, crashes or hangs, so each call opens
-its own, with one thread; rotation metadata makes it return garbage, so the MP4 rotation
-is taken out of the bytes first and applied here.
+decord reads the file; PyAV does where there is no decord (it has no wheel for ARM) and
+where decord refuses a clip (16 pixels wide, say).  Both choose the same frames at the
+same times, and their RGB is equal bit for bit.  decord's traps (reference/oracles.md
+5.2): a reader shared by threads, or opened before a fork, crashes or hangs, so each call
+opens its own, with one thread; rotation metadata makes it return garbage, so the MP4
+rotation is taken out of the bytes first and applied here, for both.
 """
 
 import dataclasses
+import importlib.util
 import io
 import math
 import os
@@ -59,7 +62,7 @@ def read_video(
   """`num_frames` frames evenly over the clip (all of them if it has fewer).
 
   Args:
-    source: a file decord reads (a path, or its bytes), or the frames in order.
+    source: a file FFmpeg reads (a path, or its bytes), or the frames in order.
     num_frames: how many to take.
     fps: frames a second of a list of frames, 0 = unknown; a file knows its own.
   """
@@ -107,26 +110,31 @@ def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
     raise VideoError(
       f"{name}: {got}; expected a video file. Check the path and the data root."
     )
-  import decord  # here only: its import loads FFmpeg, which most processes never need
-
-  # Damage shows as RuntimeError or DECORDError, at open or at any frame.
-  try:
-    with io.BytesIO(source) if in_memory else source.open("rb") as f:
-      turns, upright = _take_rotation(f)
-    if upright is None:
-      upright = io.BytesIO(source) if in_memory else str(source)
-    reader = decord.VideoReader(upright, num_threads=1)
-    times = _frame_times(reader)
-    chosen = spread(times[:, 0], num_frames)
-    pixels = reader.get_batch(chosen).asnumpy()
-  except Exception as e:
-    first_line = str(e).strip().partition("\n")[0]
+  readers = [_by_decord] if importlib.util.find_spec("decord") else []
+  for read in [*readers, _by_av]:
+    # Damage shows as RuntimeError or DECORDError, av.FFmpegError or AVError, at open or
+    # at any frame.
+    try:
+      with io.BytesIO(source) if in_memory else source.open("rb") as f:
+        turns, upright = _take_rotation(f)
+      if upright is None:
+        upright = io.BytesIO(source) if in_memory else str(source)
+      starts, rate, chosen, pixels = read(upright, num_frames)
+      break
+    except Exception as e:
+      refused = e
+  else:
+    first_line = str(refused).strip().partition("\n")[0]
     raise VideoError(
-      f"{name}: cannot be decoded ({type(e).__name__}: {first_line}); expected a whole"
-      f" video that FFmpeg reads. Re-encode it (ffmpeg -i in -c:v libx264 out.mp4), or"
-      f" drop the example."
-    ) from e
-  duration = float(times[:, 1].max() - times[0, 0])
+      f"{name}: cannot be decoded ({type(refused).__name__}: {first_line}); expected a"
+      f" whole video that FFmpeg reads. Re-encode it (ffmpeg -i in -c:v libx264 out.mp4),"
+      f" or drop the example."
+    ) from refused
+  # The last frame stays as long as the mean of the others: readers differ about its end.
+  lasting = (
+    (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else 1 / rate
+  )
+  duration = float(lasting * len(starts))
   if pixels.ndim != 4 or pixels.shape[3] != 3 or not 0 < duration < math.inf:
     raise VideoError(
       f"{name}: decoded to {list(pixels.shape)} over {duration} seconds; expected"
@@ -135,20 +143,61 @@ def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
   frames = [Image.fromarray(np.ascontiguousarray(np.rot90(p, -turns))) for p in pixels]
   return Video(
     frames,
-    [float(times[i, 0] - times[0, 0]) for i in chosen],
+    [float(starts[i] - starts[0]) for i in chosen],
     duration / len(frames),
   )
 
 
-def _frame_times(reader) -> np.ndarray:
-  """f64[N 2] seconds (start, end) of every frame of a decord reader."""
-  times = np.asarray(reader.get_frame_timestamp(range(len(reader))), np.float64)
+# A reader: (file, number) -> f64[N] seconds at which all frames begin, frames a second,
+# the chosen ones, u8[n h w 3].
+# Imported here only: importing either loads FFmpeg, which most processes never need.
+
+
+def _by_decord(source: str | io.BytesIO, num_frames: int) -> tuple:
+  import decord
+
+  reader = decord.VideoReader(source, num_threads=1)
+  shown = reader.get_frame_timestamp(range(len(reader)))
+  rate = reader.get_avg_fps()
+  starts = _known(np.asarray(shown, np.float64)[:, 0], rate)
+  chosen = spread(starts, num_frames)
+  return starts, rate, chosen, reader.get_batch(chosen).asnumpy()
+
+
+def _by_av(source: str | io.BytesIO, num_frames: int) -> tuple:
+  import av
+
+  with av.open(source) as file:
+    if not file.streams.video:
+      raise ValueError("it has no pictures")
+    stream = file.streams.video[0]
+    packets = [p for p in file.demux(stream) if p.size and not p.is_discard]
+    # They come in the order of decoding.
+    shown = np.sort([math.nan if p.pts is None else p.pts for p in packets])
+    rate = float(stream.average_rate)
+    starts = _known(shown * float(stream.time_base), rate)
+  chosen = spread(starts, num_frames)
+  wanted, pixels = set(chosen), {}
+  if isinstance(source, io.BytesIO):
+    source.seek(0)
+  with av.open(source) as file:
+    file.streams.video[0].thread_count = 1
+    for i, frame in enumerate(file.decode(video=0)):
+      if i in wanted:
+        pixels[i] = frame.to_ndarray(format="rgb24")
+      if len(pixels) == len(wanted):
+        break
+  if len(pixels) < len(wanted):
+    raise ValueError(f"frame {max(wanted)} of {len(starts)} is missing")
+  return starts, rate, chosen, np.stack([pixels[i] for i in chosen])
+
+
+def _known(starts: np.ndarray, rate: float) -> np.ndarray:
+  """f64[N] seconds as they are, or at a steady rate where the file does not say."""
   # Of AVI, and of Matroska of a few frames, decord gives AV_NOPTS_VALUE, 1e16 or more.
-  starts = times[:, 0]
-  if np.all(np.abs(times) < 1e9) and np.all(np.diff(starts) >= 0):  # NaN fails too
-    return times
-  starts = np.arange(len(times)) / reader.get_avg_fps()
-  return np.stack([starts, starts + 1 / reader.get_avg_fps()], axis=1)
+  if np.all(np.abs(starts) < 1e9) and np.all(np.diff(starts) >= 0):  # NaN fails too
+    return starts
+  return np.arange(len(starts)) / rate
 
 
 def spread(starts: np.ndarray, num: int) -> list[int]:
