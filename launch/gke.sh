@@ -55,7 +55,7 @@ else
 fi
 # exec: xpk sends SIGTERM to the shell that its command begins with, and that must be ours.
 # One container a host, as everywhere: on tpu7x xpk would start two.
-run xpk workload create --workload="$name" --cluster="$cluster" "${where[@]}" \
+run xpk workload create --workload="$name" --cluster="$cluster" ${where[@]+"${where[@]}"} \
   --tpu-type="$accelerator" --num-slices="$slices" --no-use-parallel-containers \
   --base-docker-image="$image" --script-dir="$box/code" --env-file="$box/env" \
   --max-restarts=1000 --termination-grace-period-seconds=600 \

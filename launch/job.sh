@@ -10,9 +10,9 @@ SECRETS_KNOWN="WANDB_API_KEY HF_TOKEN OPENAI_API_KEY"
 fail() { echo "error: $*" >&2; exit 2; }
 
 quote() {  # its arguments as one line that a shell takes back
-  local word line=
+  local word line= tick="'\\''"  # the bash of a Mac, 3.2, has no ${word@Q}
   for word in "$@"; do
-    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word=${word@Q}
+    [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || word="'${word//\'/$tick}'"
     line+=" $word"
   done
   printf '%s\n' "${line# }"

@@ -59,18 +59,18 @@ else
 fi
 
 queue() {
-  run "${tpu[@]}" create "$name" "${where[@]}" "${nodes[@]}" \
+  run "${tpu[@]}" create "$name" ${where[@]+"${where[@]}"} "${nodes[@]}" \
     --accelerator-type="$accelerator" --runtime-version="$runtime" ${spot:+--spot}
 }
 
 ask() {  # state: what the queued resource says of itself; nothing where there is none
-  state=$("${tpu[@]}" describe "$name" "${where[@]}" "--format=value(state.state)" 2>/dev/null) || state=
+  state=$("${tpu[@]}" describe "$name" ${where[@]+"${where[@]}"} "--format=value(state.state)" 2>/dev/null) || state=
 }
 
 await() {  # until it can be used
   if [ -n "$dry_run" ]; then
     queue
-    run "${tpu[@]}" describe "$name" "${where[@]}" "--format=value(state.state)"
+    run "${tpu[@]}" describe "$name" ${where[@]+"${where[@]}"} "--format=value(state.state)"
     return
   fi
   local told=
@@ -79,7 +79,7 @@ await() {  # until it can be used
       ACTIVE) return ;;
       "") queue ;;
       SUSPENDED | FAILED)
-        "${tpu[@]}" delete "$name" "${where[@]}" --force --quiet
+        "${tpu[@]}" delete "$name" ${where[@]+"${where[@]}"} --force --quiet
         queue ;;
       *)
         [ "$state" = "$told" ] || echo "$name: $state; waiting"
@@ -107,8 +107,8 @@ remote+=" exec launch/worker.sh $(quote "$module" "${arguments[@]}")"
 
 while :; do
   [ -z "$accelerator" ] || await
-  run "${tpu[@]}" scp "$box/code.tar.gz" "$box/secrets.env" "$name:" "${where[@]}" "${every[@]}" &&
-    run "${tpu[@]}" ssh "$name" "${where[@]}" "${every[@]}" --command="$remote" && code=0 || code=$?
+  run "${tpu[@]}" scp "$box/code.tar.gz" "$box/secrets.env" "$name:" ${where[@]+"${where[@]}"} "${every[@]}" &&
+    run "${tpu[@]}" ssh "$name" ${where[@]+"${where[@]}"} "${every[@]}" --command="$remote" && code=0 || code=$?
   [ "$code" != 0 ] || break
   [ -n "$accelerator" ] || exit "$code"
   sleep "${PIXEL_JAX_POLL:-30}"  # a machine that is being taken away is ACTIVE a while

@@ -22,7 +22,7 @@ if [ -f "${SECRETS:-}" ]; then
 fi
 
 # ---- One run for a workdir and a machine ----------------------------------------------
-state=${TMPDIR:-/tmp}/pixel_jax-$(id -u)/$(printf %s "$workdir" | sha256sum | cut -c1-12)
+state=${TMPDIR:-/tmp}/pixel_jax-$(id -u)/$(printf %s "$workdir" | cksum | cut -d" " -f1)
 mkdir -p "$state" && chmod 700 "$state"
 log=$state/log
 exec 9>"$state/lock"
@@ -35,13 +35,9 @@ fi
 echo 1 >"$state/code"
 
 # ---- Python ---------------------------------------------------------------------------
-is_python() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in {(3, 11), (3, 12)})' 2>/dev/null; }
-if ! is_python "${PYTHON:-python3.11}" && ! is_python python3 && ! is_python python3.12; then
-  # The images of TPU VMs are Ubuntu 22.04 with Python 3.10.
-  python3 -m pip install --quiet --user uv
-  python3 -m uv python install --quiet 3.12
-  PYTHON=$(python3 -m uv python find 3.12)
-  export PYTHON
+if ! command -v uv >/dev/null; then  # gets a Python where there is none that fits: the
+  python3 -m pip install --quiet --user uv || true  # images of TPU VMs have Python 3.10
+  export PATH="$PATH:$HOME/.local/bin"
 fi
 EXTRAS=${EXTRAS:-} source launch/install.sh
 
@@ -49,8 +45,8 @@ EXTRAS=${EXTRAS:-} source launch/install.sh
 # TPUs know it from the metadata server or from GKE.  Of SLURM jax would take one GPU a
 # process (its SLURM_LOCALID), and there is one process a node: all of its GPUs are named.
 if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
-  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  export JAX_COORDINATOR_ADDRESS=${nodes[0]}:$((61440 + SLURM_JOB_ID % 4096))
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export JAX_COORDINATOR_ADDRESS=$first:$((61440 + SLURM_JOB_ID % 4096))
   export JAX_NUM_PROCESSES=$SLURM_NTASKS JAX_PROCESS_ID=$SLURM_PROCID
   export JAX_LOCAL_DEVICE_IDS
   JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((${SLURM_GPUS_ON_NODE:?ask for GPUs: --gpus-per-node} - 1)))
