@@ -225,14 +225,17 @@ def load_extra(directory: str | pathlib.Path) -> dict:
 
 
 def fingerprint(directory: str | pathlib.Path) -> str:
-  """Names the stored parameters: changes when they are written again."""
-  params = _locate(directory) / PARAMS
-  stats = [p.stat() for p in (params, *params.iterdir())]
-  if isinstance(params, pathlib.Path):
+  """Names the stored parameters, also of an HF folder: changes with every writing."""
+  root = bucket.behind(directory)
+  files = [*root.glob("*.safetensors")] if isinstance(root, pathlib.Path) else []
+  where = root if files else _locate(directory)
+  files = files or [where / PARAMS, *(where / PARAMS).iterdir()]
+  stats = [file.stat() for file in files]
+  if isinstance(where, pathlib.Path):
     newest = max(s.st_mtime_ns for s in stats)
   else:  # a bucket keeps seconds
     newest = max(s.mtime or 0 for s in stats)
-  return f"{params.parent.name}-{newest}"
+  return f"{where.name}-{newest}"
 
 
 def _locate(directory: str | pathlib.Path) -> bucket.Folder:

@@ -49,7 +49,7 @@ def main(config, workdir):
   covers = world.covers if is_world else None
   known = reusable(file, result["settings"])
   for name, init in named.items():
-    weights = checkpoint.fingerprint(init)
+    weights = checkpoint.fingerprint(start.find(init))
     row = known.get((name, weights))
     if row is None:
       modes = evaluate(config, workdir, name, init, mesh, covers)

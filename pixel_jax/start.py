@@ -1,8 +1,8 @@
 """How every entry point starts: flags, workdir, policy.  Nothing else reads a config.
 
 A *policy* is what can talk: the model's config, its parameters, its tokenizer and the
-codec (prompt profile, pixel budgets).  It comes from a workdir or a converted
-checkpoint, or fresh from a preset.
+codec (prompt profile, pixel budgets).  It comes from a workdir, a converted checkpoint or
+a Hugging Face folder, or fresh from a preset.
 """
 
 import dataclasses
@@ -32,6 +32,13 @@ from pixel_jax.model import hf, lora, qwen2_5_vl, table
 CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
 
+
+# The base of the tiny world that ships with the package, a Hugging Face folder made by
+#   pixel-jax sft --config=sft:tiny,base --workdir=BASE
+#   pixel-jax convert export --checkpoint=BASE --out=pixel_jax/data/tiny_base
+# sha256 of its weights: 15d38b83c17385636018737600f1b239
+# 09bfd5d7aaf910ae1f9fc96baf50508e.  README.md has its scores (BASE).
+TINY_BASE = pathlib.Path(__file__).resolve().parent / "data" / "tiny_base"
 
 # What may change when a run goes on: nothing that a step depends on.
 FREE = ("total_steps", "save_every", "eval_every", "keep_trajectories_every")
@@ -257,6 +264,7 @@ def open_policy(
 ) -> Policy:
   """The policy of `init`, or a fresh one with the tiny tokenizer when `init` is empty.
 
+  `init` is what `find` understands: a workdir, a converted checkpoint, an HF folder.
   `model`, `codec` and `adapters` (`config.lora`) are the config sections: name, dtype,
   remat, ..., profile, budgets, ... and rank, alpha, targets.  The tokenizer is copied
   into the workdir, so that every run can talk.
@@ -272,15 +280,18 @@ def open_policy(
   if adapters and adapters["rank"]:
     asked = call("lora", lora.Config, **adapters)
   if init:
-    root = bucket.behind(init)
+    root = find(init)
     if not root.is_dir():
       raise ConfigError(
-        f"config.init: {root} does not exist; give a workdir or what `pixel-jax convert` "
-        "wrote"
+        f"config.init: {root} does not exist; give a workdir, a Hugging Face folder or "
+        "what `pixel-jax convert` wrote"
       )
-    words = _load_tokenizer(root / "tokenizer")
-    extra = checkpoint.load_extra(root)
-    config = model_config.from_hf(extra["model"])
+    words = _load_tokenizer(_words_of(root))
+    if hf.is_checkpoint(root):
+      extra = {"model": hf.read_config(root), "hf": str(root)}
+    else:
+      extra = checkpoint.load_extra(root)
+    config = call("init", model_config.from_hf, extra["model"])
   elif name == "tiny":
     if _writes(workdir):
       tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
@@ -302,7 +313,10 @@ def open_policy(
     )
   if _writes(workdir) and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
-    bucket.fetch(root / "tokenizer", workdir / "tokenizer")
+    if hf.is_checkpoint(root):
+      hf.copy_companions(root, workdir / "tokenizer")
+    else:
+      bucket.fetch(root / "tokenizer", workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
   call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
@@ -330,13 +344,13 @@ def make_codec(
 def open_codec(
   root: str | pathlib.Path, section: Mapping[str, Any] | None = None
 ) -> encode.Codec:
-  """That of a workdir or a converted checkpoint.
+  """That of a workdir, a converted checkpoint or a Hugging Face folder.
 
   Args:
     section: a `config.codec`; None = that of the workdir, else the released budgets.
   """
-  root = pathlib.Path(root).expanduser()
-  words, vision = tokenizer.load(root / "tokenizer"), None
+  root = pathlib.Path(find(root))
+  words, vision = tokenizer.load(_words_of(root)), None
   if section is None:
     section = {}
     if (root / "config.json").is_file():
@@ -344,9 +358,21 @@ def open_codec(
       section = config.get("codec", {})
     if "budgets" in section:
       section["budgets"] = {k: tuple(v) for k, v in section["budgets"].items()}
-  if (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
+  if hf.is_checkpoint(root):
+    vision = model_config.from_hf(hf.read_config(root)).vision
+  elif (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
     vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
   return make_codec(words, section, vision)
+
+
+def find(init: str | pathlib.Path) -> bucket.Folder:
+  """The folder that `config.init` names; "tiny_base" is the one in the package."""
+  return TINY_BASE if init == "tiny_base" else bucket.behind(init)
+
+
+def _words_of(root: bucket.Folder) -> bucket.Folder:
+  """Where the tokenizer of a policy lies."""
+  return root if hf.is_checkpoint(root) else root / "tokenizer"
 
 
 def _writes(workdir: pathlib.Path) -> bool:
@@ -377,6 +403,7 @@ def load(
   Args:
     found: the adapters that are stored there.
     whole: every weight is to be trained, so all must be f32; else bfloat16 ones stay so.
+      Those of a Hugging Face folder become f32.
   """
   stored = dataclasses.replace(config, lora=found)
   if found and config.lora:
@@ -387,13 +414,19 @@ def load(
         f"targets={found.targets}; go on with the same, or merge them first: "
         "pixel-jax convert export, then import"
       )
-  want = table.unnest(qwen2_5_vl.abstract(stored))
-  if not whole:
-    have = table.unnest(checkpoint.stored(root))
-    for path in want.keys() & have.keys():
-      if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path):
-        want[path] = want[path].update(dtype=jnp.bfloat16)
-  params = checkpoint.load_params(root, table.nest(want), layout(stored, mesh))[0]
+  if hf.is_checkpoint(root):
+    half = not whole and hf.read_config(root).get("torch_dtype") == "bfloat16"
+    dtype = "bfloat16" if half else "float32"
+    there = layout(stored, mesh)
+    params = call("init", hf.import_checkpoint, root, stored, there, dtype)
+  else:
+    want = table.unnest(qwen2_5_vl.abstract(stored))
+    if not whole:
+      have = table.unnest(checkpoint.stored(root))
+      for path in want.keys() & have.keys():
+        if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path):
+          want[path] = want[path].update(dtype=jnp.bfloat16)
+    params = checkpoint.load_params(root, table.nest(want), layout(stored, mesh))[0]
   if found and not config.lora:
     return qwen2_5_vl.merge(stored, params)
   if config.lora and not found:

@@ -17,7 +17,6 @@ of ours; on export, write only the adapters.
 import argparse
 import dataclasses
 import pathlib
-import shutil
 import sys
 
 import jax
@@ -26,22 +25,6 @@ from tqdm import tqdm
 from pixel_jax import checkpoint, parallel
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl, table
-
-# Beside the weights, what a tokenizer or a processor of transformers reads.
-COMPANIONS = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "vocab.json",
-  "merges.txt",
-  "added_tokens.json",
-  "special_tokens_map.json",
-  "chat_template.json",
-  "chat_template.jinja",
-  "preprocessor_config.json",
-  "video_preprocessor_config.json",
-  "processor_config.json",
-  "generation_config.json",
-)
 
 
 def import_hf(source: str, out: str, dtype: str, adapter: str | None = None) -> None:
@@ -76,7 +59,7 @@ def _finish(out, config, params, extra, companions, adapter) -> None:
     params = table.nest(table.unnest(params) | table.unnest(leaves))
   print("writing ...")
   checkpoint.save_params(out, params, extra)
-  copied = _copy(companions, out / "tokenizer")
+  copied = hf.copy_companions(companions, out / "tokenizer")
   print(f"{_size(params)} -> {out}: params/, extra.json, tokenizer/ ({copied} files)")
   if not (out / "tokenizer" / "tokenizer.json").is_file():
     print(f"no tokenizer.json in {companions}: add one to {out}/tokenizer before a run")
@@ -97,7 +80,7 @@ def export_hf(source: str, out: str, dtype: str | None, adapter: bool = False) -
   dtype = dtype or "bfloat16"
   with _Bar("export") as progress:
     hf.export_checkpoint(config, params, out, dtype, progress=progress)
-  copied = _copy(source / "tokenizer", out)
+  copied = hf.copy_companions(source / "tokenizer", out)
   print(f"{_size(params)} -> {out}: config.json, *.safetensors and {copied} more files")
 
 
@@ -123,14 +106,6 @@ def _fresh(path: str) -> pathlib.Path:
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     raise FileExistsError(f"--out={folder} is not empty; give a new folder.")
   return folder
-
-
-def _copy(source: pathlib.Path, out: pathlib.Path) -> int:
-  files = [source / name for name in COMPANIONS if (source / name).is_file()]
-  out.mkdir(parents=True, exist_ok=True)
-  for file in files:
-    shutil.copyfile(file, out / file.name)  # not the mode: hub caches are read-only
-  return len(files)
 
 
 def _size(params: dict) -> str:

@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import pathlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -28,9 +29,40 @@ from pixel_jax.model.table import paths as paths
 PyTree = Any
 # A tensor of a file: its shape, and a function that gives something to slice.
 Tensor = tuple[tuple[int, ...], Callable[[], Any]]
+# Beside the weights, what a tokenizer or a processor of transformers reads.
+COMPANIONS = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "vocab.json",
+  "merges.txt",
+  "added_tokens.json",
+  "special_tokens_map.json",
+  "chat_template.json",
+  "chat_template.jinja",
+  "preprocessor_config.json",
+  "video_preprocessor_config.json",
+  "processor_config.json",
+  "generation_config.json",
+)
 
 
 # ---- In ------------------------------------------------------------------------------
+
+
+def is_checkpoint(directory: Any) -> bool:
+  """Whether this is a local folder of config.json and *.safetensors."""
+  if not isinstance(directory, pathlib.Path):  # gs://
+    return False
+  return (directory / "config.json").is_file() and any(directory.glob("*.safetensors"))
+
+
+def copy_companions(source: pathlib.Path, out: pathlib.Path) -> int:
+  """Copies the files of tokenizer and processor; how many there are."""
+  files = [source / name for name in COMPANIONS if (source / name).is_file()]
+  out.mkdir(parents=True, exist_ok=True)
+  for file in files:
+    shutil.copyfile(file, out / file.name)  # not the mode: hub caches are read-only
+  return len(files)
 
 
 def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
