@@ -176,7 +176,7 @@ def test_no_square_of_scores():
   assert compiled.memory_analysis().temp_size_in_bytes < 4 * T * T
 
 
-@settings(deadline=None, max_examples=10)
+@settings(deadline=None, max_examples=5)
 @given(st.integers(0, 10**6), st.integers(1, 90))
 def test_window_attention_on_ragged_windows(seed, P):
   rng = np.random.default_rng(seed)

@@ -96,19 +96,26 @@ def test_the_wheel_holds_every_module(installed):
         assert f"{name}/{file.relative_to(ROOT / folder)}" in held, file
 
 
-def test_from_an_empty_folder(installed, tmp_path):
-  """Help of all, a config of one's own, training, what it left as a Hugging Face model."""
-  _, programs = installed
-  command = programs / "pixel-jax"
+def test_help_and_mistakes_from_an_empty_folder(installed, tmp_path):
+  command = installed[1] / "pixel-jax"
   for name in cli.PROGRAMS:
     assert f"pixel-jax {name}" in run(command, name, "--help", cwd=tmp_path)
   assert "base" in run(command, "configs", cwd=tmp_path)
+  wrong = ("sft", "--config=sfft:tiny", "--workdir=run")
+  told = run(command, *wrong, cwd=tmp_path, status=2)
+  assert "did you mean sft?" in told and len(told.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_training_from_an_empty_folder(installed, tmp_path):
+  """A config of one's own elsewhere, from the shipped base, to a Hugging Face model."""
+  command = installed[1] / "pixel-jax"
   mine = tmp_path / "elsewhere" / "mine.py"
   mine.parent.mkdir()
   mine.write_text(
     "from configs import common, sft\n"
     "def get_config(arg='tiny'):\n"
-    "  c = sft.get_config('tiny,base')\n"
+    "  c = sft.get_config('tiny')\n"
     "  assert c.model.to_dict() == common.model('tiny')\n"
     "  c.total_steps = int(arg)\n"
     "  return c\n"
@@ -116,11 +123,9 @@ def test_from_an_empty_folder(installed, tmp_path):
   empty = tmp_path / "empty"
   empty.mkdir()
   said = run(
-    command, "sft", f"--config={mine}:1", "--workdir=run", "--config.seed=1",
+    command, "sft", f"--config={mine}:1", "--workdir=run", "--config.init=tiny_base",
     "--config.optim.warmup_steps=0", cwd=empty,
   )  # fmt: skip
   assert "done: 1 steps" in said
   run(command, "convert", "export", "--checkpoint=run", "--out=hf", cwd=empty)
   assert (empty / "hf" / "model.safetensors").is_file()
-  told = run(command, "sft", "--config=sfft:tiny", "--workdir=run", cwd=empty, status=2)
-  assert "did you mean sft?" in told and len(told.splitlines()) == 1

@@ -153,6 +153,7 @@ def test_adapters_there_and_back(source, tmp_path):
       np.testing.assert_allclose(got[name], want[name], rtol=0, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_adapters_that_cannot_be_put_on(source, tmp_path, capsys):
   config, params = _adapted(source)
   peft.write(config, params, tmp_path / "peft")

@@ -397,6 +397,7 @@ def test_refill_keeps_task_order_and_prefills_once(world, plain):
   assert plain.stats["rollout/tokens"] == sampled
 
 
+@pytest.mark.slow
 def test_group_larger_than_the_slots(world, wide):
   _, _, params = world
   (group,) = run(wide, params, [task(0)], group_size=40, max_new_tokens=6)
@@ -454,6 +455,7 @@ def test_compiles_once_per_shape(world, scripted):
   assert scripted.compiles == 15
 
 
+@pytest.mark.slow
 def test_one_engine_on_a_tensor_mesh(world, plain):
   codec, config, params = world
   mesh = jax.make_mesh(
@@ -510,6 +512,7 @@ def test_a_long_prompt_goes_in_pieces_and_is_shared(world, wide):
   check_logp(world, flat(groups))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lag", rest_slow([0, 1]))
 def test_what_has_no_room_is_set_aside(world, lag):
   codec, config, params = world

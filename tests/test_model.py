@@ -492,7 +492,7 @@ def padded(x, T, fill=0):
   return np.pad(x, [(0, T - len(x))] + [(0, 0)] * (x.ndim - 1), constant_values=fill)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", rest_slow([True, False]))
 def test_turns_equal_a_full_forward(scan):
   """Prefill, decoding steps, an observation with an image, more steps; ragged rows."""
   config = dataclasses.replace(ONE, scan_layers=scan)
@@ -533,6 +533,7 @@ def test_turns_equal_a_full_forward(scan):
       np.testing.assert_allclose(hidden[b, : count[b]], want[b, c], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_rows_and_views():
   """A call on some rows leaves the others; padding rows vanish; a view is exact."""
   config, params = ONE, noisy(ONE)
