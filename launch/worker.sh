@@ -45,8 +45,8 @@ EXTRAS=${EXTRAS:-} source launch/install.sh
 # TPUs know it from the metadata server or from GKE.  Of SLURM jax would take one GPU a
 # process (its SLURM_LOCALID), and there is one process a node: all of its GPUs are named.
 if [ "${SLURM_NTASKS:-1}" -gt 1 ]; then
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-  export JAX_COORDINATOR_ADDRESS=$first:$((61440 + SLURM_JOB_ID % 4096))
+  nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")  # a line each
+  export JAX_COORDINATOR_ADDRESS=${nodes%%$'\n'*}:$((61440 + SLURM_JOB_ID % 4096))
   export JAX_NUM_PROCESSES=$SLURM_NTASKS JAX_PROCESS_ID=$SLURM_PROCID
   export JAX_LOCAL_DEVICE_IDS
   JAX_LOCAL_DEVICE_IDS=$(seq --separator=, 0 $((${SLURM_GPUS_ON_NODE:?ask for GPUs: --gpus-per-node} - 1)))

@@ -33,11 +33,7 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
 
 
-# The base of the tiny world that ships with the package, a Hugging Face folder made by
-#   pixel-jax sft --config=sft:tiny,base --workdir=BASE
-#   pixel-jax convert export --checkpoint=BASE --out=pixel_jax/data/tiny_base
-# sha256 of its weights: 15d38b83c17385636018737600f1b239
-# 09bfd5d7aaf910ae1f9fc96baf50508e.  README.md has its scores (BASE).
+# The base of the tiny world that ships with the package; README.md says how it was made.
 TINY_BASE = pathlib.Path(__file__).resolve().parent / "data" / "tiny_base"
 
 # What may change when a run goes on: nothing that a step depends on.

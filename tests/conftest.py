@@ -4,6 +4,7 @@ All processes of a session (workers of xdist, whole runs) share their compiled p
 """
 
 import gc
+import importlib.util
 import os
 import tempfile
 
@@ -34,6 +35,10 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(config, items):
   items.sort(key=lambda item: item.path.name not in LONG)
+  if importlib.util.find_spec("torch") is None:
+    for item in items:
+      if item.get_closest_marker("torch"):
+        item.add_marker(pytest.mark.skip(reason="needs torch: ./launch/test.sh --all"))
   if share := config.getoption("share"):
     k, n = (int(part) for part in share.split("/"))
     if not 0 <= k < n:

@@ -111,6 +111,8 @@ def test_there_are_commands_on_every_page_that_has_some():
 @pytest.mark.parametrize("command", OURS)
 def test_a_program_takes_what_is_printed(command, answers):
   code, said = answers[shlex.join(shlex.split(command))]
+  if "No module named 'torch'" in said:
+    pytest.skip("needs torch: ./launch/test.sh --all")
   assert code == 0, said
 
 

@@ -1,7 +1,9 @@
 """start: codecs; adapters kept, added or merged; the dtype of a base that stays frozen."""
 
 import dataclasses
+import hashlib
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,9 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.configs import common
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
+from pixel_jax.tools import convert
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 BARE = model_config.tiny(64)
 CONFIG = dataclasses.replace(BARE, lora=lora.Config(2, 3.0))
@@ -44,6 +49,34 @@ def test_the_codec_of_a_workdir_and_of_a_checkpoint(tmp_path):
     start.open_codec(tmp_path, section | {"profile": "cleen"})
   with pytest.raises(tokenizer.TokenizerError, match="no tokenizer"):
     start.open_codec(tmp_path / "none")
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_hugging_face_folder_is_what_import_makes_of_it(half, tmp_path, mesh):
+  """The shipped base, for training in f32, to look at in bf16, which it is stored in."""
+  dtype = "bfloat16" if half else "float32"
+  adapters = None if half else common.lora()
+  convert.import_hf(start.TINY_BASE, tmp_path / "imported", dtype)
+
+  def opened(init):
+    model = common.model("tiny") | {"dtype": dtype}
+    sections = dict(model=model, codec=common.codec("tiny"), adapters=adapters)
+    workdir = tmp_path / init.rpartition("/")[2] / "run"
+    return start.open_policy(init, mesh=mesh, seed=0, workdir=workdir, **sections)
+
+  one, other = opened("tiny_base"), opened(str(tmp_path / "imported"))
+  want = table.unnest(other.params)
+  check_equal(table.unnest(one.params), want, want)
+  assert {x.dtype.name for x in jax.tree.leaves(one.params)} == {dtype}
+  assert one.config == other.config and one.extra["model"] == other.extra["model"]
+  text = "Which letter?\\boxed{"
+  assert one.codec.tokenizer.encode(text) == other.codec.tokenizer.encode(text)
+  assert start.open_codec("tiny_base").window == one.codec.window
+
+
+def test_the_readme_names_the_shipped_base():
+  weights = (start.TINY_BASE / "model.safetensors").read_bytes()
+  assert hashlib.sha256(weights).hexdigest() in (ROOT / "README.md").read_text()
 
 
 def saved(folder, config, dtype="float32"):
