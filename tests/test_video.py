@@ -12,6 +12,7 @@ from PIL import Image
 from pixel_jax.pixels import image, video
 
 WIDTH, HEIGHT = 64, 48
+GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 
 def _level(i):
@@ -107,7 +108,9 @@ CLIPS = {
   "wide_colour": dict(num=10, pixels="yuv444p"),
   "ten_bits": dict(num=10, pixels="yuv420p10le"),
   "hevc": dict(num=10, codec="libx265"),
-  "webm": dict(num=20, codec="libvpx", container="webm"),
+  # A file: the encoder fails in a process that has loaded decord's libraries first.
+  # Made by _write(path, 20, codec="libvpx", container="webm").
+  "vp8": GOLDEN / "vp8.webm",
 }
 
 
@@ -115,7 +118,8 @@ CLIPS = {
 def test_both_readers_give_the_same(name, tmp_path, monkeypatch):
   """The same frames, bit for bit, at the same times; rotation is applied by both."""
   pytest.importorskip("decord")
-  path = _write(tmp_path / "clip", **CLIPS[name])
+  clip = CLIPS[name]
+  path = _write(tmp_path / "clip", **clip) if isinstance(clip, dict) else clip
   by_decord = video.read_video(path, num_frames=8)
   monkeypatch.setattr(video, "_by_decord", video._by_av)
   by_av = video.read_video(path.read_bytes(), num_frames=8)
