@@ -65,10 +65,14 @@ beside() {  # beside NAME function function: both at once, their lines marked
   shift
   begin "$name"
   for each in "$@"; do
-    "$each" > >(awk -v name="$each" '{ print name ": " $0; fflush() }') 2>&1 &
+    "$each" > >(marked "$each") 2>&1 &
     running="$running $!"
   done
   finish "$name"
+}
+marked() {  # marked NAME: line by line; Debian's awk would wait for 4 KB of them
+  local line
+  while IFS= read -r line; do printf '%s: %s\n' "$1" "$line"; done
 }
 begin() {
   [ -z "$stopping" ] || exit 0

@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -72,3 +73,50 @@ def test_sigterm_saves_and_ends_the_whole_path(tmp_path):
 def test_an_unknown_option_is_told(arguments, told):
   process = launch(*arguments)
   assert process.returncode == 2 and told in process.stderr
+
+
+ARM = """import signal, sys, time
+told = []
+signal.signal(signal.SIGTERM, lambda *_: told.append(1))
+print("runs", flush=True)
+while not told:
+  time.sleep(0.05)
+print("saved", flush=True)
+"""
+
+
+def side_by_side(tmp_path, *arms):
+  """Two programs under the functions of local.sh that run arms of RL."""
+  lines = (ROOT / "launch/local.sh").read_text()
+  functions = lines[lines.index("set -m\n") : lines.index("train() {")]
+  (tmp_path / "arm.py").write_text(ARM)
+  script = f"""set -euo pipefail
+{functions}
+good() {{ exec {sys.executable} {tmp_path}/arm.py; }}
+bad() {{ exec {sys.executable} -c 'import sys; sys.exit("boom")'; }}
+beside arms {" ".join(arms)}
+echo all of it"""
+  return subprocess.Popen(
+    ["bash", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+  )
+
+
+@pytest.mark.parametrize("arms", [("good", "bad"), ("bad", "good")])
+def test_when_an_arm_fails_the_other_is_told_to_leave(arms, tmp_path):
+  process = side_by_side(tmp_path, *arms)
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 1 and "bad: boom" in out
+  assert "all of it" not in out
+  # One that was told before it listened has nothing to save.
+  assert out.count("good: runs") == out.count("good: saved")
+
+
+def test_sigterm_is_told_to_both_arms(tmp_path):
+  process = side_by_side(tmp_path, "good", "good")
+  said = ""
+  while said.count("runs") < 2:
+    said += process.stdout.readline()
+  process.send_signal(signal.SIGTERM)
+  out, _ = process.communicate(timeout=300)
+  assert process.returncode == 0 and "the same command goes on" in out
+  assert out.count("good: saved") == 2 and "all of it" not in out
