@@ -2,10 +2,11 @@
 
   pixel-jax trap --out=runs/trap [--seeds 0 1 2 3] [--steps N]
 
-For each seed: base skills, SFT, then the same RL run twice from the same SFT checkpoint,
-with curiosity (alpha = 0.5) and without (alpha = 0).  Seeds that do not show the trap
-are listed like the others.  What stands already is reused, so a killed call continues.
-Writes OUT/trap.md (the README's table) and OUT/trap.svg (its picture).
+From the base that ships with the package, for each seed: SFT, then the same RL run twice
+from the same SFT checkpoint, side by side, with curiosity (alpha = 0.5) and without
+(alpha = 0).  Seeds that do not show the trap are listed like the others.  What stands
+already is reused, so a killed call continues.  Writes OUT/trap.md (the README's table)
+and OUT/trap.svg (its picture).
 """
 
 import argparse
@@ -13,34 +14,53 @@ import json
 import pathlib
 import subprocess
 import sys
+import time
 
 from pixel_jax.view import charts
 
+BASE = "tiny_base"  # start.find
 ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
 MODES = ("free", "forbidden", "forced", "swapped")
 
 
-def call(module: str, config: str, workdir: pathlib.Path, *overrides: str) -> None:
+def begin(module: str, config: str, workdir: pathlib.Path, *overrides: str):
   command = [sys.executable, "-m", f"pixel_jax.{module}", f"--config={config}"]
   command += [f"--workdir={workdir}", *(f"--config.{o}" for o in overrides)]
   print("$", " ".join(command), flush=True)
-  subprocess.run(command, check=True)
+  return subprocess.Popen(command)
+
+
+def finish(*processes: subprocess.Popen) -> None:
+  """Waits for all of them; when one fails the others are told to save and to leave."""
+  left = set(processes)
+  while left:
+    ended = {p for p in left if p.poll() is not None}
+    left -= ended
+    if any(p.returncode for p in ended):
+      for process in left:
+        process.terminate()
+      for process in left:
+        process.wait()
+      failed = next(p for p in ended if p.returncode)
+      raise subprocess.CalledProcessError(failed.returncode, failed.args)
+    if not ended:
+      time.sleep(0.5)
 
 
 def run_seed(out: pathlib.Path, seed: int, steps: int | None) -> dict:
   """Both arms of a seed; returns its evaluation."""
-  base, sft = out / "base", out / "sft"
-  of_seed = f"seed={seed}"
-  call("train_sft", "sft:tiny,base", base, of_seed)
-  call("train_sft", "sft:tiny", sft, of_seed, f"init={base}")
-  policies = [f"BASE={base}", f"SFT={sft}"]
+  sft, of_seed = out / "sft", f"seed={seed}"
+  finish(begin("train_sft", "sft:tiny", sft, of_seed, f"init={BASE}"))
+  policies, arms = [f"BASE={BASE}", f"SFT={sft}"], []
   for name, alpha in ARMS.items():
     workdir = out / f"rl_{alpha:g}"
     more = [f"total_steps={steps}"] if steps else []
     alone = [of_seed, f"init={sft}", f"reward.alpha={alpha}", *more]
-    call("train_rl", "rl:tiny", workdir, *alone)
+    arms.append(begin("train_rl", "rl:tiny", workdir, *alone))
     policies.append(f"RL {name}={workdir}")
-  call("evaluate", "evaluate:tiny", out / "eval", f"policies={','.join(policies)}")
+  finish(*arms)
+  told = f"policies={','.join(policies)}"
+  finish(begin("evaluate", "evaluate:tiny", out / "eval", told))
   return json.loads((out / "eval" / "evaluation.json").read_text())
 
 
