@@ -21,20 +21,20 @@ def parse_arg(arg, options):
   size, flags = words[0], words[1:]
   if size not in SIZES:
     raise ValueError(
-      f"config size {size!r} is unknown; choose one of {', '.join(SIZES)}"
+      f"there is no config of the size {size!r}; the sizes are {', '.join(SIZES)}"
     )
   topology = next((w for w in flags if ":" in w and "topology" in options), "")
   flags = [w for w in flags if w != topology]
   unknown = [w for w in flags if w not in options]
   if unknown:
     known = ", ".join(options) or "none"
-    raise ValueError(f"config option {unknown[0]!r} is unknown; known here: {known}")
+    raise ValueError(f"the option {unknown[0]!r} does not exist; there are {known}")
   chosen = {k: k in flags for k in options}
   return ConfigDict(dict(size=size, **chosen | {"topology": topology}))
 
 
 def model(size):
-  """Keyword arguments of `start.model_config`: the size and how it is computed."""
+  """Keyword arguments of `model.config`: the size and how it is computed."""
   if size == "tiny":  # two layers run faster unrolled on a CPU; nothing to save memory
     return dict(
       name="tiny", dtype="float32", remat="none", scan_layers=False, logp_chunk=65536,
@@ -48,7 +48,7 @@ def model(size):
 
 
 def codec(size):
-  """Keyword arguments of `start.make_codec`: the prompt and the pixels of each role.
+  """Keyword arguments of `run.policies.make_codec`: the prompt and the pixels of each role.
 
   A budget is (fewest, most) pixels.  Published sizes: pixel_reasoner.md 1.9, the RL
   column; the crop's upper bound is what zooming buys, so it is not lowered below it.
@@ -61,15 +61,19 @@ def codec(size):
       frame=(112 * 112, 112 * 112),
     )
     return dict(
-      profile="clean", budgets=budgets, video_frames=8, crop_source="original"
-    )
+      profile="clean", budgets=budgets, video_frames=8, crop_source="original",
+      operations=(),
+    )  # fmt: skip
   budgets = dict(
     image=(4 * TOKEN, 2000 * TOKEN),
     video=(4 * TOKEN, 512 * TOKEN),
     crop=(4 * TOKEN, 1000 * TOKEN),
     frame=(4 * TOKEN, 400 * TOKEN),
   )
-  return dict(profile="clean", budgets=budgets, video_frames=16, crop_source="original")
+  return dict(
+    profile="clean", budgets=budgets, video_frames=16, crop_source="original",
+    operations=(),  # of yours, by dotted path: docs/extending.md
+  )  # fmt: skip
 
 
 def engine(size):
@@ -106,7 +110,7 @@ def engine(size):
 
 
 def filter():
-  """Fields of `sources.Filter`; 0 = no limit."""
+  """Fields of `data.sources.Filter`; 0 = no limit."""
   return dict(min_tokens=0, max_tokens=0, min_pixels=0, max_pixels=0)
 
 

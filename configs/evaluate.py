@@ -19,10 +19,16 @@ def get_config(arg="tiny"):
     ""  # NAME=DIR,NAME=DIR: workdirs or converted checkpoints, in table order
   )
   c.modes = ("free", "forbidden", "forced")
+  c.judge = ""  # MODULE.FUNCTION of yours: Trajectory -> float; docs/extending.md
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
   c.data = dict(  # sources.open_source
-    uri="jsonl:test.jsonl", root="", weights=(), filter=common.filter(), tasks=1000
+    uri="jsonl:test.jsonl",
+    root="",
+    layout="",
+    weights=(),
+    filter=common.filter(),
+    tasks=1000,
   )
   c.engine = common.engine(arg.size)
   c.rollout = dict(
@@ -36,7 +42,8 @@ def get_config(arg="tiny"):
   if arg.size == "tiny":
     c.modes = ("free", "forbidden", "forced", "swapped")
     c.data.update(uri="world:test", tasks=1024)
-    c.rollout.update(max_turns=3, max_new_tokens=16)
+    # One bucket of lanes: compiling the others takes longer than they save.
+    c.rollout.update(max_turns=3, max_new_tokens=16, fixed_batch=True)
   if arg.size == "tiny" and arg.full:
     c.data.update(uri="world:full_test")
     c.rollout.update(max_turns=4)

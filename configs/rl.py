@@ -27,6 +27,7 @@ def get_config(arg="tiny"):
   c.eval_every = 5
   c.init = ""  # a workdir or a converted checkpoint
   c.keep_trajectories_every = 1  # steps
+  c.judge = ""  # MODULE.FUNCTION of yours: Trajectory -> float; docs/extending.md
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
   c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
@@ -34,6 +35,7 @@ def get_config(arg="tiny"):
   c.data = dict(  # sources.open_source, pipeline.tasks
     uri="jsonl:train.jsonl",  # or several with , between: docs/data.md
     root="",
+    layout="",  # MODULE.FUNCTION of yours: docs/extending.md
     weights=(),  # of several; () = every record once
     filter=common.filter(),
     shards=8,
@@ -61,7 +63,7 @@ def get_config(arg="tiny"):
     tokens=16384,
     patches=32768,
   )
-  c.loss = dict(  # grpo.loss
+  c.loss = dict(  # rl.objectives.loss
     clip=(0.2, 0.28),
     sampler_cap=0.0,  # 2.0: truncated importance weight of the sampler's log-probs
   )
@@ -79,7 +81,7 @@ def get_config(arg="tiny"):
     freeze=(),
   )
   if tiny:
-    c.total_steps = 250
+    c.total_steps = 150
     c.save_every = 50
     c.eval_every = 50
     c.keep_trajectories_every = 25
@@ -100,11 +102,11 @@ def get_config(arg="tiny"):
       patches=192,
     )
     c.replay.update(refill=False)  # uniform groups are dropped, nothing is drawn twice
-    c.optim.update(
-      lr=4e-4, schedule="constant", warmup_steps=10, b2=0.98, final_lr_ratio=1.0
-    )
+    # 120 steps at 1e-3 end at .66 on the validation split, these at .82 (seed 0).
+    c.optim.update(lr=8e-4, warmup_steps=10, b2=0.98, final_lr_ratio=0.1)
   if tiny and arg.full:  # deep clips: select, crop, answer, and room for one mistake
     c.total_steps = 450
+    c.optim.update(lr=4e-4, schedule="constant", final_lr_ratio=1.0)
     c.data.update(uri="world:full_train")
     c.eval.update(uri="world:full_val")
     c.rollout.update(max_turns=4)

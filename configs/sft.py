@@ -62,6 +62,7 @@ def get_config(arg="tiny"):
   c.data = dict(  # sources.open_source, pipeline.batches
     uri="jsonl:train.jsonl",  # or several with , between: docs/data.md
     root="",
+    layout="",  # MODULE.FUNCTION of yours: docs/extending.md
     weights=(),  # of several; () = every record once
     filter=common.filter(),
     rows=128,  # of the global batch
@@ -94,7 +95,7 @@ def get_config(arg="tiny"):
     )
     c.eval.update(uri="world:val")
     c.optim.update(b2=0.98, weight_decay=0.01, freeze=(), final_lr_ratio=0.2)
-    c.synthesis = dict(  # synthesize.trajectory
+    c.synthesis = dict(  # synthesis.templates.Templates
       kinds={"image/single": 0.75, "video/single": 0.25},
       operation_share=0.15,  # few ...
       jitter=3.0,  # ... and imprecise: this is the trap (at 2.5 one seed of four fell out)

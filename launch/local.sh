@@ -102,6 +102,7 @@ finish() {  # finish NAME: waits for all of $running; if one fails, the others a
     exit 0
   fi
   printf '== %s took %d s\n' "$1" $((SECONDS - began))
+  printf '%d\t%s\n' $((SECONDS - began)) "$1" >>"$workdir/times.tsv"
 }
 train() {  # train MODULE NAME flags...: in as many processes as were asked for
   local module=$1 name=$2
@@ -138,7 +139,12 @@ stage "SFT" train train_sft sft --config=configs/sft.py:$of \
 rl() { train train_rl "$1" --config=configs/rl.py:$of --config.init="$workdir/sft" \
   --config.reward.alpha="$2" ${rl_few[@]+"${rl_few[@]}"}; }
 curiosity() { rl rl 0.5; }
-alpha_0() { rl rl_alpha0 0.0; }
+alpha_0() {  # behind the first step of the other arm, whose programs it takes from the cache
+  trap 'exit 0' TERM
+  while [ ! -s "$workdir/rl/metrics.jsonl" ]; do sleep 0.5; done
+  trap - TERM
+  rl rl_alpha0 0.0
+}
 if [ "$processes" = 1 ] && [ "$cores" -ge 2 ]; then
   beside "RL with curiosity and without" curiosity alpha_0
 else

@@ -20,8 +20,8 @@ PROGRAMS = {
   "parity": "pixel_jax.tools.parity",
   "view": "pixel_jax.tools.view",
   "trap": "pixel_jax.tools.trap",
-  "bench": "pixel_jax.tools.bench",
-  "compile-check": "pixel_jax.tools.compile_check",
+  "bench": "pixel_jax.tools.bench.compare",
+  "compile-check": "pixel_jax.tools.compile.check",
   "configs": "pixel_jax.tools.configs",
 }
 

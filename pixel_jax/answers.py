@@ -120,7 +120,7 @@ def plain(text: str) -> str:
 
 
 def words(text: str) -> str:
-  """For comparison: case, spacing, quotes and final punctuation do not count."""
+  """The text without what does not count: case, spacing, quotes, final punctuation."""
   text = text.casefold().strip().strip("\"'`*").rstrip(".!;:").strip()
   text = text.strip("\"'`*")
   return " ".join(re.sub(r"\s*,\s*", ", ", text).split())

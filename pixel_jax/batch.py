@@ -40,7 +40,7 @@ class Cache:
 
 @flax.struct.dataclass
 class Prompts:
-  """Beginnings that sequences share: stored once, read once for all that go on from it.
+  """Prompts in the cache: each is stored once and read once for all of its samples.
 
   Row b of a `Cache` goes on where prompt row[b] ends: its slot 0 follows the prompt's
   last.  `lane` says the same the other way round, up to M sequences a prompt.

@@ -16,10 +16,13 @@ import json
 import jax
 from tqdm import tqdm
 
-from pixel_jax import bucket, checkpoint, metrics, parallel, start, trajectory
-from pixel_jax.data import pipeline, sources, world
-from pixel_jax.evals import common
+from pixel_jax import parallel, trajectory
+from pixel_jax.data import pipeline, sources
+from pixel_jax.evals import protocol, report
+from pixel_jax.evals.benchmark import Benchmark
+from pixel_jax.evals.tiny_world import TINY_WORLD
 from pixel_jax.rollout import engine, fleet
+from pixel_jax.run import bucket, checkpoint, metrics, policies, settings, start
 
 
 def main(config, workdir):
@@ -28,15 +31,16 @@ def main(config, workdir):
   parts = [p.rpartition("=") for p in config.policies.split(",")]
   named = {name: init for name, _, init in parts if name}
   if not named:
-    raise start.ConfigError(
+    raise settings.ConfigError(
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
-  is_world = sources.is_world(config.data.uri)
+  benchmark = TINY_WORLD if sources.is_world(config.data.uri) else Benchmark()
   for mode in config.modes:
-    if mode not in common.FORCE or (mode == "swapped" and not is_world):
-      raise start.ConfigError(
-        f"config.modes: {mode!r}; allowed are {', '.join(common.FORCE)}, and swapped "
-        "only where data.uri is a world:"
+    unable = mode == "swapped" and benchmark.other_scene is None
+    if mode not in protocol.FORCE or unable:
+      raise settings.ConfigError(
+        f"config.modes has {mode!r}; allowed are {', '.join(protocol.FORCE)}, and swapped "
+        "only where data.uri names the tiny world (world:SPLIT)"
       )
   file = workdir / "evaluation.json"
   result = {
@@ -46,19 +50,19 @@ def main(config, workdir):
     "rows": [],
   }
   result["settings"].pop("policies")
-  covers = world.covers if is_world else None
   known = reusable(file, result["settings"])
+  fleets = {}  # policies of one shape share the engines, and what was compiled for them
   for name, init in named.items():
-    weights = checkpoint.fingerprint(start.find(init))
+    weights = checkpoint.fingerprint(policies.find(init))
     row = known.get((name, weights))
     if row is None:
-      modes = evaluate(config, workdir, name, init, mesh, covers)
+      modes = evaluate(config, workdir, name, init, mesh, benchmark, fleets)
       row = {"name": name, "policy": init, "weights": weights, "modes": modes}
     result["rows"].append(row)
     if jax.process_index() == 0:
       file.write_text(json.dumps(result, indent=1))
     bucket.sync(workdir)
-    metrics.say(table([row]))
+    metrics.say(report.table([row]))
   metrics.say(f"done: {metrics.compiled()}")
   metrics.say(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
 
@@ -73,77 +77,64 @@ def reusable(file, settings) -> dict[tuple, dict]:
   return {(r["name"], r["weights"]): r for r in earlier["rows"]}
 
 
-def evaluate(config, workdir, name: str, init: str, mesh, covers) -> dict[str, dict]:
+def evaluate(
+  config, workdir, name: str, init: str, mesh, benchmark, fleets: dict
+) -> dict[str, dict]:
   """What one policy does in every mode; its trajectories are written.
 
   Every device has an engine, and every engine its share of the tasks.
+
+  Args:
+    fleets: those of earlier policies, by model and tokenizer; a new one is added.
   """
-  policy = start.open_policy(
+  right = settings.imported("judge", config.judge) or protocol.judge
+  policy = policies.open_policy(
     init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
-  data = dict(config.data)
-  count = data.pop("tasks")
-  source = start.call("data", sources.open_source, **data, codec=policy.codec)
-  mine = dict(host=jax.process_index(), hosts=jax.process_count())
-  tasks = start.call(
-    "data",
-    pipeline.fixed_tasks,
-    source,
-    count,
-    workdir=workdir,
-    shards=mesh.size,
-    **mine,
-  )
+  host = dict(host=jax.process_index(), hosts=jax.process_count())
+  questions = settings.call(
+    "data", pipeline.open_fixed, codec=policy.codec, workdir=workdir, shards=mesh.size,
+    **host,
+    **{**config.data, "layout": settings.imported("data.layout", config.data.layout)},
+  )  # fmt: skip
   make = functools.partial(
-    start.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine
+    settings.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )
-  rollouts = fleet.Fleet(make, policy.config, mesh, shards=mesh.size)
+  shape = policy.config, policy.codec.tokenizer.digest
+  if shape not in fleets:
+    fleets[shape] = fleet.Fleet(make, policy.config, mesh, shards=mesh.size)
+  rollouts = fleets[shape]
   params = rollouts.sync(policy.params)
   modes = {}
   folder = workdir / "trajectories"
   for mode in tqdm(config.modes, desc=name, leave=False, disable=None):
-    if mine["host"] == 0:  # of another number of hosts, maybe
+    if host["host"] == 0:  # of another number of hosts, maybe
       for earlier in folder.glob(f"{name}_{mode}.*jsonl"):
         earlier.unlink()
-    played = common.play(
+    played = protocol.play(
       rollouts,
       params,
-      tasks,
+      questions.tasks,
       mode=mode,
       seed=config.seed,
-      load_media=source.load_media,
-      other_scene=world.other_scene,
+      load_media=questions.load_media,
+      other_scene=benchmark.other_scene,
       **config.rollout,
     )
-    modes[mode] = common.summarize(of_hosts(played), covers)
+    modes[mode] = report.summarize(of_hosts(played), benchmark.covers, right)
     if mode != "swapped":  # its pictures could not be redrawn
-      file = trajectory.host_file(f"{name}_{mode}", **mine)
+      file = trajectory.host_file(f"{name}_{mode}", **host)
       trajectory.write_jsonl(folder / file, played)
   return modes
 
 
 def of_hosts(played: list[trajectory.Trajectory]) -> list[trajectory.Trajectory]:
-  """The rollouts of all hosts, as far as an evaluation looks at them: without ids."""
+  """The rollouts of all hosts, without the ids, which an evaluation does not read."""
   if jax.process_count() == 1:
     return played
   bare = dict(ids=[], sampled=[], weight=[], logp=[], position=[], slots=[])
   told = [dataclasses.asdict(dataclasses.replace(t, **bare)) for t in played]
   return [trajectory.from_dict(d) for part in parallel.gather_json(told) for d in part]
-
-
-def table(rows: list[dict]) -> str:
-  """The rows as aligned text: accuracy [95 % interval], RaPR, coverage for each mode."""
-  lines = []
-  for row in rows:
-    for mode, m in row["modes"].items():
-      low, high = m["ci"]
-      lines.append(
-        f"{row['name']:<10} {mode:<10} accuracy {m['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
-        f"  RaPR {m['rapr']:.3f}  covered {m.get('covered', float('nan')):.3f}"
-        f"  errors {m['error_rate']:.3f}  "
-        + " ".join(f"{k} {v['accuracy']:.2f}" for k, v in m["by"].items())
-      )
-  return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ RULES: dict[str, str | None] = {
   "head_dim": None,
   "mlp": "tensor",
   "layer": None,  # the scan runs over it
-  # The tower: 1280 divides by up to 256, 3420 only by 4 (performance.md 4.3), so fsdp
+  # The tower: 1280 divides by up to 256, 3420 only by 4 (limits.md 4.3), so fsdp
   # goes on the width.
   "vision_embed": "fsdp",
   "vision_heads": "tensor",
@@ -206,23 +206,6 @@ def settle(x: Any) -> Any:
   if jax.device_count() > 1 and jax.default_backend() == "cpu":
     jax.block_until_ready(x)
   return x
-
-
-def to_host(tree: Any) -> Any:
-  """Copies of what this process holds of a tree of arrays; `from_host` undoes it."""
-  return jax.tree.map(
-    lambda x: {s.device: np.array(s.data) for s in x.addressable_shards}, tree
-  )
-
-
-def from_host(kept: Any, tree: Any) -> Any:
-  """The arrays that `to_host` kept, laid out as those of `tree`, which may be others."""
-
-  def put(x, parts):
-    parts = [jax.device_put(part, device) for device, part in parts.items()]
-    return jax.make_array_from_single_device_arrays(x.shape, x.sharding, parts)
-
-  return jax.tree.map(put, tree, kept)
 
 
 # ---- Meshes --------------------------------------------------------------------------

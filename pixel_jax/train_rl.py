@@ -10,8 +10,8 @@
 A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
 closer where it likes; the answers are judged; the curiosity reward is added; groups
 become advantages; one or several clipped updates follow.  Running the same command on
-the same workdir continues where it stopped, bit for bit.  SIGTERM gives up the step, saves
-the state before it and leaves.
+the same workdir continues where it stopped, bit for bit.  SIGTERM saves the last whole step
+and leaves: a step is given up before its first update and finished after it.
 """
 
 import collections
@@ -21,127 +21,70 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pixel_jax import (
-  answers,
-  checkpoint,
-  metrics,
-  optim,
-  parallel,
-  preemption,
-  start,
-  trajectory,
-)
+from pixel_jax import answers, parallel, trajectory
 from pixel_jax.chat import encode
-from pixel_jax.data import pack, pipeline, sources
-from pixel_jax.evals import common
+from pixel_jax.data import pack, pipeline
+from pixel_jax.evals import protocol
 from pixel_jax.model import flops, qwen2_5_vl
-from pixel_jax.rl import grpo, replay, rewards
+from pixel_jax.rl import advantages, objectives, replay, rewards
 from pixel_jax.rollout import engine, fleet
+from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
 
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
   mesh, policy = start.open_run(config, workdir)
   notice = preemption.Notice()
-  freeze = start.frozen(config)
-  updates = config.total_steps * config.rl.minibatches
-  settings = {**config.optim, "freeze": freeze, "total_steps": updates}
-  tx, schedule = start.call("optim", optim.make, policy.params, **settings)
-  trained = optim.split(policy.params, freeze)[0]
-  data = dict(config.data)
-  uri, weights = data.pop("uri"), data.pop("weights")
-  opened = {k: data.pop(k) for k in ("root", "filter")}
-  look = functools.partial(sources.open_source, codec=policy.codec, **opened)
-  source = start.call("data", look, uri, weights=weights)
-  shards = data.pop("shards")
-  mine = dict(
-    workdir=workdir, host=jax.process_index(), hosts=jax.process_count(), shards=shards
-  )
-  questions = start.call(
-    "data", pipeline.tasks, source, seed=config.seed, batch=config.rl.prompts_per_step,
-    **mine, **data,
+  check(config, mesh)
+  right = settings.imported("judge", config.judge) or protocol.judge
+  layout = settings.imported("data.layout", config.data.layout)
+  shards = config.data.shards
+  host = dict(host=jax.process_index(), hosts=jax.process_count())
+  questions = settings.call(
+    "data", pipeline.open_tasks, codec=policy.codec, seed=config.seed,
+    batch=config.rl.prompts_per_step, workdir=workdir, **host,
+    **{**config.data, "layout": layout},
   )  # fmt: skip
-  validation = start.call("eval", look, config.eval.uri)
-  held = start.call("eval", pipeline.fixed_tasks, validation, config.eval.tasks, **mine)
+  held = settings.call(
+    "eval", pipeline.open_fixed, codec=policy.codec, root=config.data.root,
+    filter=config.data.filter, layout=layout, shards=shards, workdir=workdir, **host,
+    **config.eval,
+  )  # fmt: skip
   make = functools.partial(
-    start.call, "engine", engine.Engine, policy.config.merged, policy.codec,
+    settings.call, "engine", engine.Engine, policy.config.merged, policy.codec,
     group_size=config.rl.group_size, **config.engine,
   )  # fmt: skip
-  rollouts = start.call(
+  rollouts = settings.call(
     "fleet", fleet.Fleet, make, policy.config, mesh, shards=shards, **config.fleet
   )
-  start.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
-  start.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
-  none = np.zeros((1, 2), np.int32)
-  start.call("reward", rewards.shaped, none * 1.0, none, none, **config.reward)
-  start.describe(config, policy, mesh)
-
-  # ---- State ---------------------------------------------------------------------------
-  state = {
-    "params": policy.params,
-    "opt": optim.init(tx, trained),
-    "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
-  }
-
-  # ---- Update ------------------------------------------------------------------------
-  zeros, accumulate, apply, old_logp = programs(
-    config, policy.config, tx, schedule, state
-  )
-  limits = dict(T=config.rl.tokens, P=config.rl.patches)
-  fill = functools.partial(to_batches, mesh, config.rl.rows, **limits)
-
-  learned = optim.list_paths(trained)
-
-  def update(state, batches, own, tokens):
-    """One optimizer step over micro-batches of `own` tokens; `tokens` normalises.
-
-    None where SIGTERM came before the state was changed.
-    """
-    total, told = zeros(), []
-    for batch in batches:
-      total, t = accumulate(total, state["params"], batch, np.float32(tokens))
-      told.append(parallel.settle(t))
-      jax.block_until_ready(told[-2:][0])  # else all are sent before the first is done
-      if notice.agreed():
-        return None
-    state, m = apply(state, total)
-    (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
-    work = {k: float(sum(w[k] for w in work)) for k in work[0]}
-    cost = flops.of_work(policy.config, work, learned).parts()
-    m = combine(sums, own, tokens) | {k: float(v) for k, v in m.items()}
-    return state, m, cost
-
-  def before(state, batch):
-    """The batch with log-probs of the policy that sampled, by the trainer's graph."""
-    logp = parallel.settle(old_logp(state["params"], batch))
-    return batch.replace(logp_old=logp)
-
-  # ---- Resume ------------------------------------------------------------------------
   memory = {
-    s: start.call("replay", replay.Replay, **config.replay)
+    s: settings.call("replay", replay.Replay, **config.replay)
     for s in parallel.own_rows(np.arange(shards)).tolist()
   }
-  if config.replay.keep_steps:
-    raise start.ConfigError(
-      "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
-      "resumed run would differ; use 0"
-    )
+  updates = config.total_steps * config.rl.minibatches
+  tx, schedule, state = settings.call(
+    "optim", optim.begin, policy.params, mesh,
+    **{**config.optim, "freeze": settings.frozen(config), "total_steps": updates},
+  )  # fmt: skip
+  start.describe(config, policy, mesh)
+
+  # ---- Resume ------------------------------------------------------------------------
+  steps = programs(config, policy.config, tx, schedule, state)
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
-  first, state, host = saver.restore(state)
-  if host:
-    questions.set_state(host["data"])
+  first, state, of_host = saver.restore(state)
+  if of_host:
+    questions.set_state(of_host["data"])
     for s, buffer in memory.items():
-      buffer.set_state(host["replay"][str(s)])
+      buffer.set_state(of_host["replay"][str(s)])
   writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
 
-  def of_hosts():
+  def progress():
     replayed = {str(s): buffer.get_state() for s, buffer in memory.items()}
     return {"data": questions.get_state(), "replay": replayed}
 
   # ---- Loop --------------------------------------------------------------------------
-  step = first
+  step, reached = first, progress()
   while step < config.total_steps and not notice.agreed():
-    unread = questions.get_state()
     with writer.timer("data"):
       asked = next(questions)
     with writer.timer("rollout"):
@@ -150,79 +93,72 @@ def main(config, workdir):
         group_size=config.rl.group_size, load_media=asked.load_media,
         stop=notice.given, **config.rollout,
       )  # fmt: skip
-      if notice.agreed():  # the step is given up: the next start begins it anew
-        questions.set_state(unread)
-        break
-      stats = rollouts.stats() | parallel.total(questions.counts())
+    if notice.agreed():
+      break  # the next start begins this step anew
     with writer.timer("reward"):
-      parts, mask, m = judge(groups, config.rl.masked_stops, **config.reward)
-      advantage, grouped = grpo.advantages(parts["total"], mask, std=config.rl.std)
-      m |= {k: float(v) for k, v in jax.device_get(grouped).items()}
-      scored = score(groups, parts, advantage, grpo.kept(mask), step)
-      examples = within(scored, **limits)
+      parts, mask, m = judge(groups, right, config.rl.masked_stops, **config.reward)
+      advantage, grouped = advantages.group_relative(
+        parts["total"], mask, std=config.rl.std
+      )
+      m |= jax.tree.map(float, jax.device_get(grouped))
+      score(groups, parts, advantage, step)
+      examples, n = to_examples(config, groups, mask)
       chosen, replayed = choose(memory, examples, (config.seed, step))
-      work = parallel.total({
-        "kept": count(scored), "fit": count(examples), "replayed": replayed,
-        "sampled": sum(sum(f.trajectory.sampled) for g in groups for f in g),
-        "tokens": sum(e.weight.sum() for x in examples.values() for e in x),
-      })  # fmt: skip
-      m["rollout/too_long"] = work["kept"] - work["fit"]
+      m |= rollouts.stats() | parallel.total(questions.counts())
+      m["rollout/too_long"] = n["long"]
     with writer.timer("update"):
-      parts = split(chosen, config.rl.minibatches)
-      plan = [(fill(part), count_tokens(part)) for part in parts]
-      alone = config.rl.minibatches == 1 and not work["replayed"]
-      if not alone:
-        plan = [([before(state, b) for b in batches], own) for batches, own in plan]
-      updated, cost = [], collections.Counter()
-      begun = parallel.to_host(state) if len(plan) > 1 else None
-      for batches, own in plan:
-        # Rollouts without an advantage have no gradient, but they count as tokens.
-        tokens = max(work["tokens"], 1.0) if alone else own
-        if (done := update(state, batches, own, tokens)) is None:
-          break
-        state, um, spent = done
-        updated.append(um)
-        cost.update(spent)
-      if len(updated) < len(plan):  # given up, as above
-        state = parallel.from_host(begun, state) if updated else state
-        questions.set_state(unread)
-        break
-      m |= average(updated)
-      m["optim/skipped"] = float(not plan)
-    step += 1
-    if step % config.eval_every == 0 or step == config.total_steps:
+      done = update(
+        config, policy.config, steps, state, chosen, mesh=mesh,
+        tokens=n["tokens"], replayed=replayed, stop=notice.agreed,
+      )  # fmt: skip
+    if done is None:
+      break
+    state, learned, cost = done
+    step, reached, m = step + 1, progress(), m | learned
+    if settings.due(step, config.eval_every, config.total_steps):
       with writer.timer("eval"):
         m |= held_out(
-          rollouts, state["params"], held, validation.load_media, config.seed,
-          **config.rollout,
-        )  # fmt: skip
-    writer.write(step, m | stats, tokens=work["sampled"], flops=cost)
-    if step % config.keep_trajectories_every == 0 or step == config.total_steps:
-      name = trajectory.host_file(f"step_{step:06d}", mine["host"], mine["hosts"])
-      played = (f.trajectory for g in groups for f in g)
+          rollouts, state["params"], held, right, config.seed, **config.rollout
+        )
+    writer.write(step, m, tokens=n["sampled"], flops=cost)
+    if settings.due(step, config.keep_trajectories_every, config.total_steps):
+      name = trajectory.host_file(f"step_{step:06d}", **host)
+      played = (f.trajectory for group in groups for f in group)
       trajectory.write_jsonl(workdir / "trajectories" / name, played)
-    if step % config.save_every == 0:
-      saver.save(step, state, of_hosts())
+    if settings.due(step, config.save_every):
+      saver.save(step, state, reached)
+
+  # ---- End ---------------------------------------------------------------------------
   if not saver.has(step):
-    saver.save(step, state, of_hosts())
-  saver.close()
-  writer.close()
-  notice.close()
-  metrics.say(metrics.ended(step, config.total_steps))
-  lasting = saver.directory.parent
-  metrics.say(f"in {lasting}: metrics.jsonl, trajectories/, checkpoints/")
+    saver.save(step, state, reached)
+  start.end(
+    config, step, saver, writer, notice, "metrics.jsonl, trajectories/, checkpoints/"
+  )
+
+
+def check(config, mesh):
+  """What the first step would refuse is told before anything compiles."""
+  settings.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
+  settings.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
+  none = np.zeros((1, 2), np.int32)
+  settings.call("reward", rewards.shaped, none * 1.0, none, none, **config.reward)
+  if config.replay.keep_steps:
+    raise settings.ConfigError(
+      "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
+      "resumed run would differ; use 0"
+    )
 
 
 def programs(config, model, tx, schedule, state):
   """(zeros, accumulate, apply, old_logp), jitted: an optimizer step over micro-batches.
 
-  What the loop runs and tools/compile_check.py compiles.
+  What the loop runs and tools/compile/check.py compiles.
 
   Args:
     model: the ModelConfig.
     state: real, or abstract with shardings.
   """
-  freeze = start.frozen(config)
+  freeze = settings.frozen(config)
   mesh = state["step"].sharding.mesh
   trained = optim.split(state["params"], freeze)[0]
   # What goes in comes out in the same place, so that each program compiles once.
@@ -237,12 +173,12 @@ def programs(config, model, tx, schedule, state):
   def loss_fn(trained, frozen, batch, tokens):
     logp, entropy = token_logp(optim.merge(trained, frozen), batch)
     old = jax.lax.stop_gradient(logp if batch.logp_old is None else batch.logp_old)
-    loss, m = grpo.loss(
+    loss, m = objectives.loss(
       logp, old, batch.advantage, batch.weight, normalizer=tokens,
       logp_sampler=batch.logp_sampler, **config.loss,
     )  # fmt: skip
     # Of the policy that sampled: a later minibatch has moved away from it.
-    m |= grpo.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
+    m |= objectives.agreement(old, batch.logp_sampler, batch.weight, normalizer=tokens)
     m["policy/entropy"] = entropy.sum() / tokens
     return loss, (m | {"loss": loss}, flops.work(batch))
 
@@ -279,11 +215,60 @@ def programs(config, model, tx, schedule, state):
   return zeros, accumulate, apply, old_logp
 
 
-def judge(groups, masked_stops, **reward):
+def update(config, model, steps, state, chosen, *, mesh, tokens, replayed, stop):
+  """The updates of a step, `config.rl.minibatches` at most.
+
+  Args:
+    model: the ModelConfig.
+    steps: of `programs`.
+    chosen: examples of each logical shard of this host; they may be drawn again.
+    tokens: sampled tokens of all rollouts that were kept, of all hosts.
+    replayed: how many examples were drawn again, on all hosts.
+    stop: whether the run is to end, the same on all hosts.  It is asked until the first
+      update is applied; from then on the step is finished, so that nothing is undone.
+
+  Returns:
+    The state, metrics and cost in operations; None where it was stopped.
+  """
+  zeros, accumulate, apply, old_logp = steps
+  alone = config.rl.minibatches == 1 and not replayed
+  updates, cost = [], collections.Counter()
+  learned = optim.list_paths(optim.split(state["params"], settings.frozen(config))[0])
+  parts = split(chosen, config.rl.minibatches)
+  plan = [(to_batches(config, mesh, part), count_tokens(part)) for part in parts]
+  if not alone:  # log-probs of the policy that sampled, before it moves
+    sampler = state["params"]
+    plan = [
+      ([b.replace(logp_old=parallel.settle(old_logp(sampler, b))) for b in batches], n)
+      for batches, n in plan
+    ]
+  for batches, own in plan:
+    # Rollouts without an advantage have no gradient, but they count as tokens.
+    normalizer = max(tokens, 1.0) if alone else own
+    total, told = zeros(), []
+    for batch in batches:
+      total, t = accumulate(total, state["params"], batch, np.float32(normalizer))
+      told.append(parallel.settle(t))
+      jax.block_until_ready(told[-2:][0])  # else all are sent before the first is done
+      if not updates and stop():
+        return None
+    state, m = apply(state, total)
+    (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
+    work = {k: float(sum(w[k] for w in work)) for k in work[0]}
+    cost.update(flops.of_work(model, work, learned).parts())
+    updates.append(combine(sums, own, normalizer) | {k: float(v) for k, v in m.items()})
+  return state, average(updates) | {"optim/skipped": float(not plan)}, cost
+
+
+def judge(groups, right, masked_stops, **reward):
   """Rewards of the groups of all hosts, which call it together with their own.
 
-  Returns parts f32[Q G], mask bool[Q G], and the step's metrics.  Rollouts that stopped
-  by one of `masked_stops` leave mean, std and loss.
+  Args:
+    right: what an answer is worth, Trajectory -> float.
+    masked_stops: rollouts that stopped by one of these leave mean, std and loss.
+    reward: settings of `rewards.shaped`.
+
+  Returns parts f32[Q G], mask bool[Q G], and the step's metrics.
   """
 
   def grid(f, dtype=np.float32):
@@ -291,7 +276,7 @@ def judge(groups, masked_stops, **reward):
 
   seen = parallel.gather_rows(
     {
-      "correct": grid(common.judge),
+      "correct": grid(right),
       "ops_succeeded": grid(lambda t: t.ops_succeeded, np.int32),
       "ops_attempted": grid(lambda t: t.ops_attempted, np.int32),
       "error_unrepaired": grid(
@@ -329,42 +314,48 @@ def judge(groups, masked_stops, **reward):
   return parts, mask, {k: float(v) for k, v in m.items()}
 
 
-def score(groups, parts, advantage, kept, step):
-  """Writes reward and advantage into the trajectories of this host.
-
-  Those kept come as examples: logical shard -> list.
-  """
+def score(groups, parts, advantage, step):
+  """Writes reward and advantage into the trajectories of this host."""
   parts = {k: parallel.own_rows(v) for k, v in parts.items() if v.ndim == 2}
-  advantage, kept = parallel.own_rows(advantage), parallel.own_rows(kept)
-  examples = collections.defaultdict(list)
+  advantage = parallel.own_rows(advantage)
   for q, group in enumerate(groups):
     for g, finished in enumerate(group):
       t = finished.trajectory
-      t.policy_step = step
-      t.advantage = float(advantage[q, g])
+      t.policy_step, t.advantage = step, float(advantage[q, g])
       t.reward = {k: float(v[q, g]) for k, v in parts.items()}
+
+
+def to_examples(config, groups, mask):
+  """The rollouts of this host that count and that a row can hold: shard -> examples.
+
+  Also, over all hosts: the tokens that were sampled, those of the examples, and how many
+  rollouts were too long for a row.
+  """
+  kept = parallel.own_rows(advantages.kept(mask))
+  examples, long = collections.defaultdict(list), 0
+  for q, group in enumerate(groups):
+    for g, finished in enumerate(group):
       if kept[q, g]:
-        examples[t.task.shard].append(encode.example(t, finished.pixels))
-  return examples
-
-
-def within(examples, **limits):
-  """Those that a row can hold."""
-  return {s: [e for e in x if pack.fits(e, **limits)] for s, x in examples.items()}
+        example = encode.example(finished.trajectory, finished.pixels)
+        if pack.fits(example, T=config.rl.tokens, P=config.rl.patches):
+          examples[finished.trajectory.task.shard].append(example)
+        else:
+          long += 1
+  return examples, parallel.total({
+    "sampled": sum(sum(f.trajectory.sampled) for group in groups for f in group),
+    "tokens": sum(e.weight.sum() for x in examples.values() for e in x),
+    "long": long,
+  })  # fmt: skip
 
 
 def choose(memory, examples, seed):
-  """The examples to train on, shard by shard, and how many of them were drawn again."""
-  chosen, replayed = {}, 0
+  """The examples to train on, shard by shard, and how many of all hosts are drawn again."""
+  chosen, drawn = {}, 0
   for shard, buffer in memory.items():
     rng = np.random.default_rng((*seed, shard))
-    chosen[shard], drawn = buffer.select(examples.get(shard, []), rng)
-    replayed += drawn
-  return chosen, replayed
-
-
-def count(examples):
-  return sum(map(len, examples.values()))
+    chosen[shard], again = buffer.select(examples.get(shard, []), rng)
+    drawn += again
+  return chosen, parallel.agree(drawn, "sum")
 
 
 def split(chosen, minibatches):
@@ -378,8 +369,9 @@ def split(chosen, minibatches):
   return [part for part, n in zip(parts, some) if n]
 
 
-def to_batches(mesh, rows, examples, **limits):
-  """The micro-batches of `rows` rows that `examples` fill; as many on every host."""
+def to_batches(config, mesh, examples):
+  """The micro-batches that `examples` fill; as many on every host."""
+  limits, rows = dict(T=config.rl.tokens, P=config.rl.patches), config.rl.rows
   bins = [[examples[i] for i in b] for b in pack.first_fit(examples, **limits)]
   count = parallel.agree(-(-len(bins) // rows), "max")
   parts = [bins[i * rows : (i + 1) * rows] for i in range(count)]
@@ -412,21 +404,21 @@ def average(updates):
   }
 
 
-def held_out(rollouts, params, tasks, load_media, seed, **rollout):
+def held_out(rollouts, params, questions, right, seed, **rollout):
   """Accuracy and habits on the held-out questions of all hosts, one answer each."""
-  played = common.play(
+  played = protocol.play(
     rollouts,
     rollouts.sync(params),
-    tasks,
+    questions.tasks,
     mode="free",
     seed=seed,
-    load_media=load_media,
+    load_media=questions.load_media,
     **rollout,
   )
   calls = [c for t in played for c in t.calls]
   n = parallel.total({
     "rollouts": len(played), "calls": len(calls),
-    "right": sum(map(common.judge, played)),
+    "right": sum(map(right, played)),
     "used": sum(t.ops_succeeded > 0 for t in played),
     "failed": sum(c.error is not None for c in calls),
   })  # fmt: skip

@@ -17,126 +17,127 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pixel_jax import checkpoint, features, metrics, optim, parallel, preemption, start
-from pixel_jax.data import pipeline, sources
+from pixel_jax import parallel
+from pixel_jax.data import pipeline
 from pixel_jax.model import flops, qwen2_5_vl
+from pixel_jax.rollout import features
+from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
+from pixel_jax.synthesis import templates
 
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
   mesh, policy = start.open_run(config, workdir)
   notice = preemption.Notice()
-  freeze = start.frozen(config)
-  settings = {**config.optim, "freeze": freeze, "total_steps": config.total_steps}
-  tx, schedule = start.call("optim", optim.make, policy.params, **settings)
-  trained = optim.split(policy.params, freeze)[0]
-  learned = optim.list_paths(trained)
-  bank = start.call(
+  check(config, mesh)
+  freeze = settings.frozen(config)
+  learned = optim.list_paths(optim.split(policy.params, freeze)[0])
+  bank = settings.call(
     "features", features.open_bank, policy.config, policy.params, learned,
     patches=config.data.patches, **config.features,
   )  # fmt: skip
-  data = dict(config.data)
-  uri, weights = data.pop("uri"), data.pop("weights")
-  opened = {k: data.pop(k) for k in ("root", "filter")}
+  synthesis = None
+  if "synthesis" in config:
+    synthesis = settings.call("synthesis", templates.Templates, **config.synthesis)
+
+  layout = settings.imported("data.layout", config.data.layout)
 
   def on_devices(rows):
     return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
 
-  def batches(uri, seed, weights=()):
-    source = start.call(
-      "data", sources.open_source, uri, codec=policy.codec, weights=weights,
-      **opened, **config.get("synthesis", {}),
+  def open_batches(seed, **changed):
+    return settings.call(
+      "data", pipeline.open_batches, codec=policy.codec, synthesis=synthesis,
+      seed=seed, workdir=workdir, host=jax.process_index(), hosts=jax.process_count(),
+      apart=bank is not None, place=on_devices,
+      **{**config.data, "layout": layout, **changed},
     )  # fmt: skip
-    return start.call(
-      "data",
-      pipeline.batches,
-      source,
-      policy.codec,
-      seed=seed,
-      workdir=workdir,
-      host=jax.process_index(),
-      hosts=jax.process_count(),
-      apart=bank is not None,
-      place=on_devices,
-      **data,
-    )
 
-  train = batches(uri, config.seed, weights)
-  batches(config.eval.uri, config.seed + 1).close()  # a mistake in it is told now
-  if config.micro_batches < 1 or config.data.rows % config.micro_batches:
-    raise start.ConfigError(
-      f"config.micro_batches: {config.micro_batches} do not divide data.rows = "
-      f"{config.data.rows}"
-    )
-  start.call(
-    "micro_batches", parallel.check_rows, mesh, data["rows"] // config.micro_batches
+  train = open_batches(config.seed)
+  held = functools.partial(
+    open_batches, config.seed + 1, uri=config.eval.uri, weights=()
   )
+  held().close()  # a mistake in it is told now
+  tx, schedule, state = settings.call(
+    "optim", optim.begin, policy.params, mesh,
+    **{**config.optim, "freeze": freeze, "total_steps": config.total_steps},
+  )  # fmt: skip
   start.describe(config, policy, mesh)
 
-  # ---- State ---------------------------------------------------------------------------
-  state = {
-    "params": policy.params,
-    "opt": optim.init(tx, trained),
-    "step": jax.device_put(jnp.int32(0), parallel.replicated(mesh)),
-  }
-  update, heldout = programs(config, policy.config, tx, schedule, state)
-
   # ---- Resume ------------------------------------------------------------------------
+  update, heldout = programs(config, policy.config, tx, schedule, state)
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
-  first, state, host = saver.restore(state)
-  if host:
-    train.set_state(host["data"])
+  first, state, of_host = saver.restore(state)
+  if of_host:
+    train.set_state(of_host["data"])
   writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
 
   # ---- Loop --------------------------------------------------------------------------
-  done = first
-  while done < config.total_steps and not notice.agreed():
+  step = first
+  while step < config.total_steps and not notice.agreed():
     with writer.timer("data"):
       batch = next(train)
       parallel.barrier("rows")
-    done += 1
+    step += 1
     with writer.timer("update"):
       state, *told = update(state, batch)
-    if done < config.total_steps:
+    if step < config.total_steps:
       with writer.timer("data"):  # while the devices work
         train.prepare()
     with writer.timer("update"):
       m, work = jax.tree.map(float, jax.device_get(told))
+    m |= parallel.total(train.counts())
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
-    if done % config.eval_every == 0 or done == config.total_steps:
-      held = batches(config.eval.uri, config.seed + 1)
-      losses = []
-      for _ in range(config.eval.batches):
-        rows = next(held)
-        parallel.barrier("held rows")
-        losses.append(parallel.settle(heldout(state["params"], rows)))
-      held.close()  # its thread reads ahead until then
-      m["eval/loss"] = float(sum(losses) / len(losses))
+    if settings.due(step, config.eval_every, config.total_steps):
+      with writer.timer("eval"):
+        m["eval/loss"] = held_out(heldout, state["params"], held(), config.eval.batches)
     cost = flops.of_work(policy.config, work, learned)
     writer.write(
-      done, m | parallel.total(train.counts()), tokens=work["tokens"],
-      image_tokens=work["image_tokens"], flops=cost.parts(),
+      step, m, tokens=work["tokens"], image_tokens=work["image_tokens"],
+      flops=cost.parts(),
     )  # fmt: skip
-    if done % config.save_every == 0:
-      saver.save(done, state, {"data": train.get_state()})
-  if not saver.has(done):
-    saver.save(done, state, {"data": train.get_state()})
-  saver.close()
-  writer.close()
-  notice.close()
-  metrics.say(metrics.ended(done, config.total_steps))
-  metrics.say(f"in {saver.directory.parent}: metrics.jsonl, checkpoints/, tokenizer/")
+    if settings.due(step, config.save_every):
+      saver.save(step, state, {"data": train.get_state()})
+
+  # ---- End ---------------------------------------------------------------------------
+  if not saver.has(step):
+    saver.save(step, state, {"data": train.get_state()})
+  start.end(
+    config, step, saver, writer, notice, "metrics.jsonl, checkpoints/, tokenizer/"
+  )
+
+
+def check(config, mesh):
+  """What the first step would refuse is told before anything compiles."""
+  if config.micro_batches < 1 or config.data.rows % config.micro_batches:
+    raise settings.ConfigError(
+      f"config.micro_batches: {config.micro_batches} do not divide data.rows = "
+      f"{config.data.rows}"
+    )
+  rows = config.data.rows // config.micro_batches
+  settings.call("micro_batches", parallel.check_rows, mesh, rows)
+
+
+def held_out(loss, params, stream, count):
+  """The mean loss of the first `count` batches of a stream, which is closed."""
+  losses = []
+  for _ in range(count):
+    rows = next(stream)
+    parallel.barrier("held rows")
+    losses.append(parallel.settle(loss(params, rows)))
+  stream.close()  # its thread reads ahead until then
+  return float(sum(losses) / len(losses))
 
 
 def programs(config, model, tx, schedule, state):
-  """(update, heldout), jitted: what the loop runs and tools/compile_check.py compiles.
+  """(update, heldout), jitted: what the loop runs and tools/compile/check.py compiles.
 
   Args:
     model: the ModelConfig.
     state: real, or abstract with shardings.
   """
-  freeze = start.frozen(config)
+  freeze = settings.frozen(config)
   mesh = state["step"].sharding.mesh
   # What goes in comes out in the same place, so that each program compiles once.
   layout = jax.tree.map(lambda x: x.sharding, state)

@@ -19,7 +19,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Media:
-  """One picture or clip of a question: where it lies, not its pixels."""
+  """The name of one picture or clip of a question; it holds no pixels."""
 
   kind: str  # "image" or "video"
   # A file below the data root, or a name of data/media.py: "world:...", "zip:a.zip!b.png",

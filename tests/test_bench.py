@@ -1,4 +1,4 @@
-"""tools/bench.py at its smallest: both sides do the same work, and the figures add up."""
+"""tools/bench at its smallest: both sides do the same work, and the figures add up."""
 
 import hashlib
 import json
@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from pixel_jax.tools import bench, bench_cases, bench_data
+from pixel_jax.tools.bench import cases, data
+from pixel_jax.tools.bench import compare as bench
 
 NAMES = ("preprocess", "vision", "prefill", "decode", "rollout", "sft", "rl")
 
@@ -27,9 +28,9 @@ def quick(monkeypatch):
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
   """(size, config, codec) of the size that the documents report."""
-  size = bench_data.SIZES["30m"]
-  codec = bench_data.codec(size, tmp_path_factory.mktemp("words"))
-  return size, bench_data.model(size, codec.tokenizer), codec
+  size = data.SIZES["30m"]
+  codec = data.codec(size, tmp_path_factory.mktemp("words"))
+  return size, data.model(size, codec.tokenizer), codec
 
 
 # ---- Data ----------------------------------------------------------------------------
@@ -46,9 +47,9 @@ def test_model_has_about_thirty_million_parameters(drawn):
 
 def test_examples_are_log_normal_and_mostly_unsupervised(drawn):
   size, config, _ = drawn
-  examples = bench_data.examples(size, config)
+  examples = data.examples(size, config)
   lengths = np.array([len(e.tokens) for e in examples])
-  share = 1 - bench_data.learned(examples) / lengths.sum()
+  share = 1 - data.learned(examples) / lengths.sum()
   assert 0.58 <= share <= 0.62
   assert 0.6 < np.log(lengths).std() < 1.0 and lengths.max() <= size.row[1]
   shown = [e for e in examples if e.vision]
@@ -67,10 +68,10 @@ def test_drawn_data_depend_on_the_seed_alone(drawn):
 
   def digest(seed):
     h = hashlib.blake2b(digest_size=8)
-    for e in bench_data.examples(size, config, seed):
+    for e in data.examples(size, config, seed):
       for x in (e.tokens, e.position, e.weight, *(p.patches for _, p in e.vision)):
         h.update(np.ascontiguousarray(x).tobytes())
-    script = bench_data.script(size, codec.tokenizer, seed=seed)
+    script = data.script(size, codec.tokenizer, seed=seed)
     h.update(json.dumps(sorted((*k, v) for k, v in script.items())).encode())
     return h.hexdigest()
 
@@ -79,23 +80,23 @@ def test_drawn_data_depend_on_the_seed_alone(drawn):
 
 def test_script_keeps_its_law(drawn):
   size, _, codec = drawn
-  script = bench_data.script(size, codec.tokenizer)
+  script = data.script(size, codec.tokenizer)
   assert len(script) == 64
   counts = [len(turns) for turns in script.values()]
   assert set(counts) == {1, 2, 3, 4, 5, 6} and 2.9 < np.mean(counts) < 3.5
   lengths = np.array([len(ids) for turns in script.values() for ids in turns])
   assert 40 < lengths.mean() < 48 and lengths.max() <= size.longest
-  equal = bench_data.script(size, codec.tokenizer, equal=True)
+  equal = data.script(size, codec.tokenizer, equal=True)
   assert {len(ids) for turns in equal.values() for ids in turns} == {size.turn}
   assert {len(turns) for turns in equal.values()} == {1}
 
 
 def test_every_call_of_the_script_brings_a_picture(drawn):
   size, _, codec = drawn
-  script = bench_data.script(size, codec.tokenizer)
+  script = data.script(size, codec.tokenizer)
   few = {k: v for k, v in script.items() if k[1] < 2}
-  small = bench_data.dataclasses.replace(size, groups=(size.groups[0], 2))
-  for key, conversation in bench_data.replay(small, codec, few).items():
+  small = data.dataclasses.replace(size, groups=(size.groups[0], 2))
+  for key, conversation in data.replay(small, codec, few).items():
     t = conversation.trajectory
     assert [c.error for c in t.calls] == [None] * (len(few[key]) - 1)
     assert len(t.slots) == len(few[key]) and conversation.last_call() is None
@@ -136,7 +137,7 @@ def test_report(name, tmp_path):
 def test_without_a_peer_torch_is_not_needed(tmp_path):
   code = (
     "import sys; sys.modules['torch'] = None; "
-    "from pixel_jax.tools import bench; "
+    "from pixel_jax.tools.bench import compare as bench; "
     "bench.main(['preprocess', '--size=tiny', '--repeats=1', '--no-peer'])"
   )
   run = subprocess.run(
@@ -158,9 +159,9 @@ def test_sides_take_turns_and_the_ratio_is_theirs_over_ours(monkeypatch):
     return run
 
   monkeypatch.setattr(bench.time, "perf_counter", lambda: clock[0])
-  case = bench_cases.Case(
+  case = cases.Case(
     "x", "tokens", 12, side("ours", 2.0), {"peer": side("peer", 6.0)}, flops=40.0,
-    target={"peer": 1.5}, check=bench_cases.close("x", 1e-3),
+    target={"peer": 1.5}, check=cases.close("x", 1e-3),
   )  # fmt: skip
   limits = {"flops": 40.0, "bandwidth": 1.0, "matmul_jax": 40.0, "matmul_torch": 20.0}
   (row,) = bench.measure(case, 3, limits)
@@ -173,24 +174,22 @@ def test_sides_take_turns_and_the_ratio_is_theirs_over_ours(monkeypatch):
 
 
 def test_unequal_work_is_an_error():
-  check = bench_cases.close("loss", 1e-4)
+  check = cases.close("loss", 1e-4)
   assert check([1.0, 2.0], [1.0, 2.0001])["loss_difference"] < 1e-4
   for theirs in ([1.0, 2.01], [1.0], [1.0, float("nan")]):
-    with pytest.raises(bench_cases.Unequal, match="loss"):
+    with pytest.raises(cases.Unequal, match="loss"):
       check([1.0, 2.0], theirs)
 
 
 def test_a_rollout_that_strays_from_the_script_is_an_error(tmp_path):
-  size = bench_data.SIZES["tiny"]
+  size = data.SIZES["tiny"]
   b = bench.open_bench(size, tmp_path, with_peer=False)
-  case = bench_cases.CASES["rollout"](b)[1]
+  case = cases.CASES["rollout"](b)[1]
   played = case.ours()
   key = next(iter(played))
   strayed = dict(played)
-  strayed[key] = bench_data.dataclasses.replace(
-    played[key], ids=[*played[key].ids[:-1], 0]
-  )
-  with pytest.raises(bench_cases.Unequal, match="theirs did not say"):
+  strayed[key] = data.dataclasses.replace(played[key], ids=[*played[key].ids[:-1], 0])
+  with pytest.raises(cases.Unequal, match="theirs did not say"):
     case.check(played, strayed)
 
 
@@ -200,9 +199,7 @@ def test_a_slow_peer_is_called_once():
   def side(name):
     return lambda: calls.append(name) or [1.0]
 
-  case = bench_cases.Case(
-    "x", "tokens", 1, side("ours"), {"peer": side("peer")}, slow=True
-  )
+  case = cases.Case("x", "tokens", 1, side("ours"), {"peer": side("peer")}, slow=True)
   (row,) = bench.measure(case, 2, {"flops": 1.0, "bandwidth": 1.0, "matmul_jax": 1.0})
   assert calls == ["ours", "peer", "ours", "ours", "ours"]
   assert len(row["peer"]["seconds"]) == 1 and len(row["ours"]["seconds"]) == 2

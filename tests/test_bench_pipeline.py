@@ -1,4 +1,4 @@
-"""tools/bench_pipeline.py at its smallest, and what it counts."""
+"""tools/bench/pipeline.py at its smallest, and what it counts."""
 
 import json
 
@@ -8,19 +8,19 @@ import pytest
 from pixel_jax.pixels import image
 
 pytest.importorskip("torch")
-from pixel_jax.tools import bench_pipeline
+from pixel_jax.tools.bench import pipeline
 
 
 def test_the_sizes_are_log_normal():
-  sizes = bench_pipeline.sizes(np.random.default_rng(0), 4000)
+  sizes = pipeline.sizes(np.random.default_rng(0), 4000)
   area = np.log([w * h for w, h in sizes])
-  assert area.mean() == pytest.approx(np.log(bench_pipeline.AREA), abs=0.05)
-  assert area.std() == pytest.approx(bench_pipeline.SIGMA, abs=0.05)
+  assert area.mean() == pytest.approx(np.log(pipeline.AREA), abs=0.05)
+  assert area.std() == pytest.approx(pipeline.SIGMA, abs=0.05)
 
 
 def test_windows_of_this_mix_fill_their_rows():
   """The row of performance figures: at least .9 of the patches are used."""
-  tokens, patches = bench_pipeline.utilisation(1024, **bench_pipeline.ROW)
+  tokens, patches = pipeline.utilisation(1024, **pipeline.ROW)
   assert 0.9 <= patches <= 1 and 0 < tokens <= 1
 
 
@@ -28,12 +28,12 @@ def test_windows_of_this_mix_fill_their_rows():
 @pytest.mark.torch
 def test_both_sides_read_the_same_pictures(tmp_path, capsys):
   file = tmp_path / "x.json"
-  result = bench_pipeline.main(
+  result = pipeline.main(
     ["--pictures=5", "--workers=1", "--repeats=1", f"--json={file}"]
   )
   assert json.loads(file.read_text()) == result
   assert result["ratio"] > 0 and 0 < result["utilisation"]["run"] <= 1
   assert "ratio" in capsys.readouterr().out
-  bench_pipeline.write_pictures(tmp_path, 2)
+  pipeline.write_pictures(tmp_path, 2)
   small = image.load_image(tmp_path / "1.jpg")
-  assert small.size == bench_pipeline.sizes(np.random.default_rng(0), 2)[1]
+  assert small.size == pipeline.sizes(np.random.default_rng(0), 2)[1]

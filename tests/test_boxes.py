@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from pixel_jax.data import boxes
+from pixel_jax.synthesis import boxes
 
 quick = hypothesis.settings(max_examples=150, deadline=None)
 seeds = st.integers(0, 2**32 - 1)

@@ -22,8 +22,9 @@ from jax._src import lru_cache
 from jax.sharding import SingleDeviceSharding
 from ml_collections import ConfigDict
 
-from pixel_jax import bucket, checkpoint, metrics, parallel, start
+from pixel_jax import parallel
 from pixel_jax.configs import sft
+from pixel_jax.run import bucket, checkpoint, metrics, policies, start
 
 if not importlib.util.find_spec("gcsfs"):  # its import reads the environment below
   pytest.skip("gcsfs is not installed: extra [gcs]", allow_module_level=True)
@@ -217,7 +218,7 @@ def test_a_killed_run_goes_on_in_the_bucket(storage, tmp_path):
   assert all(np.array_equal(there[k], here[k]) for k in here)
 
   config = sft.get_config("tiny")
-  policy = start.open_policy(
+  policy = policies.open_policy(
     "gs://runs/sft", model=config.model, codec=config.codec, mesh=parallel.make_mesh(1),
     seed=0, workdir=tmp_path / "next",
   )  # fmt: skip

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixel_jax.data import checks, prompts
-from pixel_jax.data.synthesize import Prose
+from pixel_jax.synthesis import checks, prompts
+from pixel_jax.synthesis.templates import Prose
 from pixel_jax.trajectory import Media, Task
 
 CHOICE = "What colour is the mug?\nA. red\nB. dark blue\nC. green\nD. white"

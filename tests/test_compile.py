@@ -1,4 +1,4 @@
-"""tools/compile_check.py: its programs are training's, and what it reads is right."""
+"""tools/compile/check.py: its programs are training's, and what it reads is right."""
 
 import contextlib
 import importlib.util
@@ -14,14 +14,10 @@ import pytest
 from pixel_jax import parallel
 from pixel_jax.configs import pods, rl, sft
 from pixel_jax.rollout import placement
-from pixel_jax.tools import (
-  compile_check,
-  compile_cost,
-  compile_engine,
-  compile_hlo,
-  compile_programs,
-  compile_table,
-)
+from pixel_jax.tools.compile import check as compile_check
+from pixel_jax.tools.compile import cost, hlo, table
+from pixel_jax.tools.compile import engine as compile_engine
+from pixel_jax.tools.compile import programs as compile_programs
 
 FLOATS = ("bf16", "f32")
 HAS_TPU_COMPILER = importlib.util.find_spec("libtpu") is not None
@@ -36,7 +32,7 @@ def open_tiny(module, devices, **mesh):
 
 def compile_update(run):
   (update,) = compile_programs.programs(run)
-  return compile_hlo.collectives(update.lower().compile().as_text())
+  return hlo.collectives(update.lower().compile().as_text())
 
 
 @pytest.mark.slow
@@ -93,7 +89,7 @@ def test_the_weights_reach_an_engine_of_a_mesh_narrow(tensor):
   run.config.fleet.tensor = tensor
   reshard, *rest = compile_engine.programs(run)
   assert reshard.name == "reshard"
-  found = compile_hlo.collectives(reshard.lower().compile().as_text())
+  found = hlo.collectives(reshard.lower().compile().as_text())
   numbers = sum(compile_programs.sizes(run.state["params"]).values())
   # On CPUs XLA widens bf16 to move it; what did not divide stays where it is.
   moved = sum(c.total for c in found)
@@ -109,10 +105,10 @@ def test_an_engine_without_room_is_refused_before_it_is_compiled():
   config.fleet.tensor, config.engine.slots = 4, 8
   run = compile_programs.open_run(config, jax.devices())
   need = 102.4 + 34.2 + 6.9  # state / 8, weights / 4, eight slots / 4 (GiB)
-  said = compile_engine.refusal(run, (need - 3) * compile_cost.GIB)
+  said = compile_engine.refusal(run, (need - 3) * cost.GIB)
   assert "train state 102" in said and "weights 34" in said and "8 slots 6.9" in said
   assert "fleet.tensor" not in said  # four devices are the most
-  assert compile_engine.refusal(run, (need + 3) * compile_cost.GIB) is None
+  assert compile_engine.refusal(run, (need + 3) * cost.GIB) is None
 
 
 def test_collectives_are_counted_as_often_as_loops_turn():
@@ -146,22 +142,22 @@ ENTRY %main (a: f32[16]) -> f32[2] {
   ROOT %r = f32[2]{0} reduce-scatter(%a), to_apply=%add
 }
 """
-  got = compile_hlo.collectives(text)
+  got = hlo.collectives(text)
   assert [(c.kind, c.dtype, c.bytes, c.times, c.loop) for c in got] == [
     ("all-gather", "bf16", 512, 28, True),
     ("all-reduce", "bf16", 128, 28, True),
     ("reduce-scatter", "f32", 64, 1, False),
   ]
   assert sum(c.total for c in got) == 28 * 640 + 64
-  assert ("bf16", (32, 8)) in compile_hlo.arrays(text)
+  assert ("bf16", (32, 8)) in hlo.arrays(text)
 
 
 def test_topologies_are_named_as_the_cloud_does():
-  known = compile_cost.TOPOLOGIES
-  assert known["v5p:4x4x4"] == compile_cost.Topology("v5p-128", 64)
-  assert known["v5e:16x16"] == compile_cost.Topology("v5litepod-256", 256)
+  known = cost.TOPOLOGIES
+  assert known["v5p:4x4x4"] == cost.Topology("v5p-128", 64)
+  assert known["v5e:16x16"] == cost.Topology("v5litepod-256", 256)
   assert known["tpu7x:4x4x4"].chips == 64
-  assert {name.partition(":")[0] for name in known} == set(compile_cost.CHIPS)
+  assert {name.partition(":")[0] for name in known} == set(cost.CHIPS)
 
 
 @pytest.mark.parametrize("kind", ["sft", "rl"])
@@ -169,7 +165,7 @@ def test_presets_are_laid_out_for_their_machines(kind):
   module, presets = {"sft": (sft, pods.SFT), "rl": (rl, pods.RL)}[kind]
   for size, topology in presets:
     c, pod = module.get_config(f"{size},{topology}"), pods.PODS[topology]
-    known = compile_cost.TOPOLOGIES[topology]
+    known = cost.TOPOLOGIES[topology]
     assert (c.accelerator, c.chips) == (known.accelerator, known.chips)
     hosts = pod.devices // pod.host
     assert c.data.shards % hosts == 0  # each reads whole shards
@@ -198,13 +194,13 @@ def test_the_table_says_what_was_not_compiled(tmp_path):
     devices=8, mesh={"tensor": 1}, slices=1,
     config=json.loads(sft.get_config("7b,h200:8").to_json_best_effort()),
   )  # fmt: skip
-  cell = compile_table.Cell("sft", "7b", "h200:8")
+  cell = table.Cell("sft", "7b", "h200:8")
   (tmp_path / cell.file).write_text(json.dumps(report))
-  bad = compile_table.Cell("rl", "72b", "v5e:8x8")
+  bad = table.Cell("rl", "72b", "v5e:8x8")
   (tmp_path / bad.file).write_text(
     json.dumps(report | {"programs": [], "refused": "too small"})
   )
-  lines = compile_table.table(tmp_path).splitlines()
+  lines = table.table(tmp_path).splitlines()
   assert any("64 cells 1 were compiled and 1 refused" in x for x in lines)
   h200 = [x for x in lines if x.startswith("| h200:8 ")]
   assert "| 3 x 8192 | dots | 64.0* | 50% | update | 2000 ms | 75% |" in h200[0]
@@ -294,7 +290,7 @@ def test_the_head_is_gathered_narrow(topology, hurry):
       ).sum()
 
   step = jax.jit(jax.grad(loss), out_shardings=cut).lower(head, hidden).compile()
-  large = [c for c in compile_hlo.collectives(step.as_text()) if c.bytes > 2**20]
+  large = [c for c in hlo.collectives(step.as_text()) if c.bytes > 2**20]
   assert sorted((c.kind, c.dtype) for c in large) == [
     ("all-gather", "bf16"),
     ("all-reduce", "bf16"),  # of the gradient
@@ -308,10 +304,10 @@ def test_7b_on_v5p_holds_and_moves_what_it_should(hurry):
   run = open_preset(sft, "7b,v5p:4x4x4", **{"features.gib": 0.0, "model.remat": "full"})
   (update,) = compile_programs.programs(run)
   compiled = update.lower().compile()
-  hbm = compile_cost.CHIPS["v5p"].hbm
+  hbm = cost.CHIPS["v5p"].hbm
   assert compile_check.peak_bytes(compiled.memory_analysis()) < 0.25 * hbm
   text = compiled.as_text()
-  found = compile_hlo.collectives(text)
+  found = hlo.collectives(text)
   inside = [c for c in found if c.loop]
   # All but the gradients of norms: weights and their gradients travel in bf16.
   assert sum(c.total for c in inside if c.dtype != "bf16") < 1e7
@@ -325,7 +321,7 @@ def test_7b_on_v5p_holds_and_moves_what_it_should(hurry):
   vocab, data = run.model.text.vocab, run.config.data
   logits = [
     math.prod(shape) // vocab
-    for dtype, shape in compile_hlo.arrays(text)
+    for dtype, shape in hlo.arrays(text)
     if dtype == "f32" and vocab in shape and run.model.text.width not in shape
   ]
   assert logits and max(logits) < data.tokens
@@ -339,7 +335,7 @@ def test_an_engine_that_cannot_be_routed_is_refused():
   config = rl.get_config("3b")
   config.fleet.tensor, config.engine.slots = 2, 8
   run = compile_programs.open_run(config, devices)
-  limit = compile_check.SHARE * compile_cost.CHIPS["v5e"].hbm
+  limit = compile_check.SHARE * cost.CHIPS["v5e"].hbm
   assert "no route among 2 devices" in compile_engine.refusal(run, limit)
   run.config.fleet.tensor = 1
   assert compile_engine.refusal(run, limit) is None
@@ -351,7 +347,7 @@ def test_the_cache_is_written_in_place(hurry):
   """An engine of two v6e; its weights travel in bf16."""
   run = open_preset(rl, "7b,v6e:8x8")
   found = {p.name: p for p in compile_engine.programs(run)}
-  moved = compile_hlo.collectives(found["reshard"].lower().compile().as_text())
+  moved = hlo.collectives(found["reshard"].lower().compile().as_text())
   # What is exchanged before it is gathered, a 64th of it, is f32.
   large = {c.dtype for c in moved if c.bytes > 2**20 and c.kind != "all-to-all"}
   assert large == {"bf16"}
@@ -359,11 +355,9 @@ def test_the_cache_is_written_in_place(hurry):
   compiled = found[f"decode {slots}"].lower().compile()
   memory = compiled.memory_analysis()
   e = compile_engine.open_engine(run)
-  cache = (
-    slots * e.max_own * compile_cost.cache_bytes(run.model) / run.config.fleet.tensor
-  )
+  cache = slots * e.max_own * cost.cache_bytes(run.model) / run.config.fleet.tensor
   assert memory.alias_size_in_bytes >= cache
   assert memory.temp_size_in_bytes < cache / 4
   # Activations travel between the two, never keys and values of a layer.
-  sums = [c for c in compile_hlo.collectives(compiled.as_text()) if c.loop]
+  sums = [c for c in hlo.collectives(compiled.as_text()) if c.loop]
   assert sums and max(c.bytes for c in sums) < cache / run.model.text.depth

@@ -7,7 +7,8 @@ import pytest
 
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.configs import common
-from pixel_jax.data import pack, sources, synthesize, world
+from pixel_jax.data import pack, sources, world
+from pixel_jax.synthesis import templates
 
 ARGS = {"sft": ("base", "full", "base,full"), "rl": ("full",), "evaluate": ("full",)}
 ARGS["synthesize"] = ()
@@ -41,12 +42,12 @@ def test_a_row_holds_every_trace(option, tmp_path):
   c = load("sft", "tiny", option)
   words = tokenizer.make_tiny(tmp_path, world.scaffolds())
   codec = encode.Codec(tokenizer=words, **c.codec)
-  source = sources.open_source(c.data.uri, **c.synthesis)
+  source = sources.open_source(c.data.uri, synthesis=templates.Templates(**c.synthesis))
   kinds = set(c.synthesis.kinds)
   assert ("video/zoom" in kinds) == ("full" in option)
   for i in range(300):
     rng = np.random.default_rng(i)
-    made = synthesize.trajectory(codec, source[i], rng, **source.synthesis)
+    made = source.synthesis(codec, source[i], rng)
     pack.check_fits(encode.example(*made), c.data.tokens, c.data.patches)
 
 
@@ -58,8 +59,8 @@ def test_a_row_holds_all_that_a_full_conversation_can_show(tmp_path):
   most = 0
   for n in range(1, world.FRAMES + 1):  # so many frames in one call
     trace = encode.Conversation(codec, task, world.load_media)
-    selected = synthesize.selection(range(1, n + 1))
-    synthesize.call(trace, selected.name, selected.arguments, False)
+    selected = templates.selection(range(1, n + 1))
+    templates.call(trace, selected.name, selected.arguments, False)
     example = encode.example(trace.trajectory, trace.pixels)
     if len(example.tokens) < c.engine.max_len:  # else the engine ends it before
       pack.check_fits(example, c.rl.tokens, c.rl.patches)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pixel_jax import checkpoint
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl
+from pixel_jax.run import checkpoint
 from pixel_jax.tools import convert
 
 ROOT = pathlib.Path(__file__).parents[1]

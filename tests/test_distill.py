@@ -22,17 +22,8 @@ from PIL import Image
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tools
 from pixel_jax.configs import synthesize as config_file
-from pixel_jax.data import (
-  checks,
-  distill,
-  journal,
-  pack,
-  pipeline,
-  sources,
-  synthesize,
-  teacher,
-  world,
-)
+from pixel_jax.data import pack, pipeline, sources, world
+from pixel_jax.synthesis import checks, distill, journal, teacher, templates
 from pixel_jax.tools import synthesize as synthesize_tool
 from pixel_jax.trajectory import Media
 
@@ -405,7 +396,7 @@ def test_bad_seeds_cost_nothing(serve, tmp_path):
 def test_a_recipe_says_what_is_wrong_with_it():
   for wrong in ({"takes": 0}, {"min_side": 3}, {"kinds": {"image/box": 1.0}}):
     with pytest.raises(ValueError, match="min_side=.*kinds of traces with operations"):
-      distill.Recipe(**{"kinds": synthesize.PAPER, **wrong})
+      distill.Recipe(**{"kinds": templates.PAPER, **wrong})
 
 
 @pytest.fixture
@@ -419,7 +410,7 @@ def quick_compiles():
 def test_a_checkpoint_of_ours_can_be_the_teacher(tmp_path, quick_compiles, monkeypatch):
   """A fresh model says nothing of use: all is dropped, counted, and kept.  Made to say
   what a teacher would, it writes a trace: the whole way through our engine."""
-  from pixel_jax import checkpoint, start
+  from pixel_jax.run import checkpoint, policies
 
   config = configure(2)
   config.engine.update(
@@ -429,7 +420,7 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(tmp_path, quick_compiles, monke
   workdir = tmp_path / "a"
   workdir.mkdir()
   mesh = synthesize_tool.parallel.make_mesh(1, 1, 1)
-  policy = start.open_policy(
+  policy = policies.open_policy(
     "", model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
   saver = checkpoint.Checkpoints(workdir, **policy.extra)

@@ -21,9 +21,10 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 CHILD = """
 import argparse, json, os, runpy, sys
 from absl import app
-from pixel_jax import __main__ as cli, start
+from pixel_jax import __main__ as cli
+from pixel_jax.run import start
 from pixel_jax.rollout import fleet
-from pixel_jax.tools import compile_table
+from pixel_jax.tools.compile import table
 parse_args = argparse.ArgumentParser.parse_args
 
 def parsed(*args, **kwargs):
@@ -45,7 +46,7 @@ def run(argv):
   os._exit(9)  # it ended without having read its arguments
 
 argparse.ArgumentParser.parse_args, app.run = parsed, parse
-compile_table.make = lambda *_: os._exit(0)
+table.make = lambda *_: os._exit(0)
 for argv in json.load(sys.stdin):
   read, write = os.pipe()
   pid = os.fork()

@@ -354,7 +354,7 @@ def test_buckets_change_nothing_but_rounding(world, plain, record_property):
 
 @pytest.mark.slow
 def test_steady_state_keeps_the_slots_busy(world):
-  """Log-normal turns, as performance.md 6.1 scaled: mean 40 tokens for chunks of 4."""
+  """Log-normal turns, as limits.md 6.1 scaled: mean 40 tokens for chunks of 4."""
   codec, config, params = world
   shapes = SHAPES | dict(slots=8, max_len=480, chunk=4, extend_rows=8)
   playing = engine.Engine(config, codec, **shapes)

@@ -9,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import boxes, export, media, synthesize, world
+from pixel_jax.data import media, world
+from pixel_jax.synthesis import boxes, export, templates
 from pixel_jax.trajectory import Media, Task
 
-PROSE = synthesize.Prose("A street with a door.", "the sign", "It reads so.")
+PROSE = templates.Prose("A street with a door.", "the sign", "It reads so.")
 
 
 def test_files_of_the_seeds_are_copied_where_they_read_the_same(tmp_path):
@@ -30,7 +31,7 @@ def test_files_of_the_seeds_are_copied_where_they_read_the_same(tmp_path):
       reference = {"bbox_2d": [0.2, 0.2, 0.5, 0.5]}
       task = Task(name, "What?", "A", [Media("image", name)], reference=reference)
       source = media.Library(tmp_path).load
-      trace = synthesize.written(
+      trace = templates.written(
         codec, task, "image/single", rng, PROSE,
         grid=boxes.fine(240, 320, 28), load_media=source,
       )  # fmt: skip

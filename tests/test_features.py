@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax import features, optim, parallel
+from pixel_jax import parallel
 from pixel_jax.batch import Batch
 from pixel_jax.chat.encode import Example
 from pixel_jax.data import pack
 from pixel_jax.model import config as model_config
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.pixels import geometry
-from pixel_jax.start import layout
+from pixel_jax.rollout import features
+from pixel_jax.run import optim
+from pixel_jax.run.policies import layout
 
 T, P = 48, 128
 GRIDS = [(1, 4, 4), (1, 8, 8), (1, 2, 6), (2, 4, 4), (1, 8, 16)]

@@ -12,12 +12,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from marks import rest_slow
 from PIL import Image
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tools
-from pixel_jax.data import formats, media, pipeline, sources, synthesize, world
+from pixel_jax.data import formats, media, pipeline, sources, world
+from pixel_jax.data.retell import retell
+from pixel_jax.synthesis.templates import Templates
 from pixel_jax.trajectory import Media, Task, Trajectory
 
 MANY = 1000
@@ -220,7 +221,7 @@ def test_traces_have_exact_ids_and_can_be_redrawn(layout, profile, codec, tmp_pa
   source = sources.open_source(layout(tmp_path, 8), root=tmp_path)
   for i in range(8):
     told = source[i]
-    t, shown = formats.retell(told, codec, source.load_media)
+    t, shown = retell(told, codec, source.load_media)
     again = trajectory.from_json(trajectory.to_json(t))
     redrawn = encode.redraw(again, codec, media.Library(tmp_path).load)
     assert [p.key for p in redrawn] == [p.key for p in shown]
@@ -243,11 +244,11 @@ def test_traces_have_exact_ids_and_can_be_redrawn(layout, profile, codec, tmp_pa
 
 def test_only_the_last_two_turns_of_pixel_reasoner_are_learned(codec, tmp_path):
   source = sources.open_source(layouts.pixel_reasoner_sft(tmp_path, 2), root=tmp_path)
-  t, _ = formats.retell(source[1], codec, source.load_media)
+  t, _ = retell(source[1], codec, source.load_media)
   assert [c.planted for c in t.calls] == [True, False]
   learned = [i for i, w in zip(t.ids, t.weight) if w]
   assert codec.tokenizer.decode(learned).count("</tool_call>") == 1
-  single, _ = formats.retell(source[0], codec, source.load_media)
+  single, _ = retell(source[0], codec, source.load_media)
   assert [c.planted for c in single.calls] == [False]
 
 
@@ -279,7 +280,7 @@ def test_other_names_and_pixels_become_our_operation(call, arguments, codec, tmp
   layouts.media_files(tmp_path)
   told = formats.read(conversation(call, "\\boxed{A}"), "x#0")
   load = media.Library(tmp_path).load
-  t, _ = formats.retell(told, codec, load)
+  t, _ = retell(told, codec, load)
   (done,) = t.calls
   assert (done.name, done.error) == ("crop_image_normalized", None)
   assert done.arguments["target_image"] == 1
@@ -298,7 +299,7 @@ def test_numbers_of_pictures_behind_a_clip(codec, tmp_path):
   load = media.Library(tmp_path).load
   for profile, target in (("clean", 17), ("released", 2)):
     told = formats.read(json.loads(json.dumps(record)), "x#0")
-    t, _ = formats.retell(told, dataclasses.replace(codec, profile=profile), load)
+    t, _ = retell(told, dataclasses.replace(codec, profile=profile), load)
     assert [c.error for c in t.calls] == [None, None]
     assert t.calls[1].arguments["target_image"] == target
 
@@ -317,9 +318,7 @@ def test_text_of_a_record_forges_no_control_token(tag, codec, tmp_path):
   record = conversation(
     f"a {tag} b " + layouts.crop([0, 0, 0.9, 0.9], 1), f"{tag} \\boxed{{A}}"
   )
-  t, _ = formats.retell(
-    formats.read(record, "x#0"), codec, media.Library(tmp_path).load
-  )
+  t, _ = retell(formats.read(record, "x#0"), codec, media.Library(tmp_path).load)
   words = codec.tokenizer
   mine = [i for i, is_mine in zip(t.ids, t.sampled) if is_mine]
   assert mine.count(words.im_end) == 2 and words.image_pad not in mine
@@ -336,7 +335,7 @@ def test_the_pipeline_takes_told_traces(codec, tmp_path):
   assert not (tmp_path / "quarantine.jsonl").exists()
   texts = codec.tokenizer.decode(batch["tokens"].ravel().tolist())
   for i in range(8):
-    t, _ = formats.retell(source[i], codec, source.load_media)
+    t, _ = retell(source[i], codec, source.load_media)
     assert codec.tokenizer.decode(t.ids) in texts
   assert batch["weight"].sum() > 0
 
@@ -361,9 +360,7 @@ def test_a_question_loses_what_the_prompt_adds(question, want):
 def test_traces_of_every_container_are_the_same(tmp_path, codec):
   """A trajectory of ours, as parquet gives it back."""
   task = world.task(0, "train", 1)
-  t, _ = synthesize.trajectory(
-    codec, task, np.random.default_rng(0), kinds={"image/single": 1}
-  )
+  t, _ = Templates(kinds={"image/single": 1})(codec, task, np.random.default_rng(0))
   t.reward = {"correct": 1.0}  # parquet has no empty structs
   rows = pa.Table.from_pylist([json.loads(trajectory.to_json(t))])
   pq.write_table(rows, tmp_path / "x.parquet")
@@ -418,7 +415,8 @@ def sft():
   return config
 
 
-@pytest.mark.parametrize("layout", rest_slow([*layouts.TRACES, *layouts.QUESTIONS]))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [*layouts.TRACES, *layouts.QUESTIONS])
 def test_sft_runs_from_every_source_by_one_line(layout, sft, tmp_path):
   from pixel_jax import train_sft
 

@@ -59,9 +59,9 @@ sys.modules["torch"] = None  # which TensorBoard's writer would import, two seco
 notes = pathlib.Path(os.environ["NOTES"]) / rank
 notes.mkdir(parents=True, exist_ok=True)
 (notes / "pid").write_text(str(os.getpid()))
-from pixel_jax import start
+from pixel_jax.run import start
 from pixel_jax.data import sources
-from pixel_jax.evals import common
+from pixel_jax.evals import protocol
 from pixel_jax.rollout import engine
 
 def note(name, what):
@@ -88,7 +88,7 @@ def late(self, *args, **kwargs):
 
 sources.World.__getitem__, sources.World.load_media = noted_item, noted_load
 engine.Engine.run = late
-common.judge = lambda t: float(zlib.crc32(t.turns[-1]["text"].encode()) % 2)
+protocol.judge = lambda t: float(zlib.crc32(t.turns[-1]["text"].encode()) % 2)
 start.run(importlib.import_module("pixel_jax." + sys.argv.pop(1)).main)
 """
 

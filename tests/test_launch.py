@@ -91,6 +91,7 @@ def side_by_side(tmp_path, *arms):
   functions = lines[lines.index("set -m\n") : lines.index("train() {")]
   (tmp_path / "arm.py").write_text(ARM)
   script = f"""set -euo pipefail
+workdir={tmp_path}
 {functions}
 good() {{ exec {sys.executable} {tmp_path}/arm.py; }}
 bad() {{ exec {sys.executable} -c 'import sys; sys.exit("boom")'; }}

@@ -11,10 +11,11 @@ import pytest
 from marks import rest_slow
 from test_model import CONFIGS, IMAGE, PIECES, alone, close, example, noisy
 
-from pixel_jax import optim, parallel, start
+from pixel_jax import parallel
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, table
 from pixel_jax.model import qwen2_5_vl as model
+from pixel_jax.run import optim, policies, settings
 
 EVERYTHING = ("^text/", "^vision/")
 SEVEN = ("q", "k", "v", "o", "gate", "up", "down")
@@ -240,7 +241,7 @@ class Section(dict):
 
 
 def freeze(rank):
-  return start.frozen(
+  return settings.frozen(
     Section(lora=Section(rank=rank), optim=Section(freeze=["^vision/"]))
   )
 
@@ -277,7 +278,7 @@ def test_weight_decay_is_for_matrices():
 def test_eight_devices_give_the_hidden_states_of_one(tiny):
   config, params = tiny
   mesh = parallel.make_mesh(2, 2, 2)
-  layout = start.layout(config, mesh)
+  layout = policies.layout(config, mesh)
   specs = {path: tuple(s.spec) for path, s in table.unnest(layout).items()}
   for path in table.adapted(config):  # as w, and the rank whole
     stacked = 1

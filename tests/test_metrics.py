@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorboardX
 
-from pixel_jax import metrics
+from pixel_jax.run import metrics
 
 
 def lines(root):

@@ -195,7 +195,7 @@ def test_clean_texts_say_one_thing_each():
 @pytest.mark.parametrize(
   ("box", "left_top_size"),
   [
-    # Numbers of reference/pixel_reasoner.md 1.5, made with the released code.
+    # Numbers of pixel_reasoner.md 1.5, made with the released code.
     ([0.5, 0.5, 1.0, 1.0], (0, 0, (101, 81))),  # 1.0 turns the box into pixels
     ([0.4, 0.5, 0.6, 0.7], (300, 320, (400, 320))),  # 0.1 on every side
     ([0.0, 0.0, 0.05, 0.05], (0, 0, (150, 120))),  # clamped at the border

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pixel_jax import optim, parallel
+from pixel_jax import parallel
+from pixel_jax.run import optim
 
 AXES = {
   "text": {

@@ -225,7 +225,8 @@ CHILD = """
 import sys, pathlib
 import jax, jax.numpy as jnp, numpy as np
 jax.config.update("jax_num_cpu_devices", 4)
-from pixel_jax import checkpoint, optim, parallel
+from pixel_jax import parallel
+from pixel_jax.run import checkpoint, optim
 from pixel_jax.rollout import placement
 parallel.initialize()
 rank, work = jax.process_index(), pathlib.Path(sys.argv[1])
@@ -328,7 +329,7 @@ def test_two_processes(tmp_path):
     assert child.returncode == 0 and f"fine {rank}" in output, output[-4000:]
 
   # One process goes on from what two have saved.
-  from pixel_jax import checkpoint
+  from pixel_jax.run import checkpoint
 
   params, extra = checkpoint.load_params(tmp_path / "run")
   np.testing.assert_array_equal(params["w"], np.arange(64.0).reshape(8, 8))

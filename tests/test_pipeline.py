@@ -12,7 +12,8 @@ from PIL import Image
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode
-from pixel_jax.data import media, pack, pipeline, sources, synthesize, world
+from pixel_jax.data import media, pack, pipeline, sources, world
+from pixel_jax.synthesis.templates import Templates
 from pixel_jax.trajectory import Media
 
 KINDS = {"image/single": 0.6, "image/box": 0.2, "video/single": 0.2}
@@ -26,7 +27,9 @@ def codec(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def source(codec):
-  return sources.open_source("world:train", codec=codec, kinds=KINDS, jitter=0.5)
+  return sources.open_source(
+    "world:train", codec=codec, synthesis=Templates(kinds=KINDS, jitter=0.5)
+  )
 
 
 def open_batches(source, codec, seed=0, **changes):
@@ -204,7 +207,11 @@ def test_an_epoch_holds_every_record_once_and_is_shuffled(tmp_path, codec):
 
 def test_packing_loses_no_record(tmp_path, codec):
   write_tasks(tmp_path, world_lines(12))
-  source = sources.open_source("jsonl:x.jsonl", root=tmp_path, kinds={"image/box": 1.0})
+  source = sources.open_source(
+    "jsonl:x.jsonl",
+    root=tmp_path,
+    synthesis=Templates(kinds={"image/box": 1.0}),
+  )
   # One window an epoch: its rows hold the 12 questions, no more and no less.
   stream = open_batches(source, codec, rows=1, shards=1, pack_window=12)
   examples = [0, 0, 0]
@@ -299,7 +306,11 @@ def quarantined(workdir):
 
 def test_bad_records_are_set_aside(dirty, codec, tmp_path):
   root, reasons = dirty
-  source = sources.open_source("jsonl:x.jsonl", root=root, kinds={"image/single": 1.0})
+  source = sources.open_source(
+    "jsonl:x.jsonl",
+    root=root,
+    synthesis=Templates(kinds={"image/single": 1.0}),
+  )
   workdir = tmp_path / "work"
   plan = {"rows": 2, "shards": 1, "pack_window": 5, "workdir": workdir}
   plan["max_bad_share"] = 0.5
@@ -335,7 +346,11 @@ def test_tasks_leave_bad_records_out(dirty, tmp_path):
 
 def test_too_many_bad_records_end_the_run(dirty, codec, tmp_path):
   root, _ = dirty
-  source = sources.open_source("jsonl:x.jsonl", root=root, kinds={"image/single": 1.0})
+  source = sources.open_source(
+    "jsonl:x.jsonl",
+    root=root,
+    synthesis=Templates(kinds={"image/single": 1.0}),
+  )
   stream = open_batches(
     source, codec, rows=2, shards=1, max_bad_share=0.002, workdir=tmp_path
   )
@@ -348,7 +363,9 @@ def test_too_many_bad_records_end_the_run(dirty, codec, tmp_path):
 def test_a_source_without_one_good_record_ends_the_run(tmp_path, codec):
   write_tasks(tmp_path, [task_line(f"q{i}", "none.jpg") for i in range(4)])
   kinds = {"image/single": 1.0}
-  source = sources.open_source("jsonl:x.jsonl", root=tmp_path, kinds=kinds)
+  source = sources.open_source(
+    "jsonl:x.jsonl", root=tmp_path, synthesis=Templates(kinds=kinds)
+  )
   for stream in (
     open_batches(source, codec, rows=1, shards=1, max_bad_share=1.0),
     pipeline.tasks(source, seed=0, shards=1, batch=1, max_bad_share=1.0),
@@ -379,9 +396,7 @@ def test_a_question_is_no_trace(codec, tmp_path):
 
 def test_traces_of_a_file_are_redrawn(source, codec, tmp_path):
   rng = np.random.default_rng(0)
-  made = [
-    synthesize.trajectory(codec, source[i], rng, **source.synthesis) for i in range(5)
-  ]
+  made = [source.synthesis(codec, source[i], rng) for i in range(5)]
   other = trajectory.from_json(trajectory.to_json(made[0][0]))
   other.profile = "released"
   trajectory.write_jsonl(tmp_path / "x.jsonl", [*(t for t, _ in made), other])

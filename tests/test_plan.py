@@ -1,6 +1,6 @@
-"""tools/compile_plan.py: an RL step of the 7B on v5p against formulas worked out here.
+"""tools/compile/plan.py: an RL step of the 7B on v5p against formulas worked out here.
 
-Those are performance.md 2.1 and 2.2 written out again: 14.14 GF + 0.2007 MF x T a causal
+Those are limits.md 2.1 and 2.2 written out again: 14.14 GF + 0.2007 MF x T a causal
 token, 14.14 GB of weights and 57,344 B of cache a step of decoding.
 """
 
@@ -11,10 +11,11 @@ import sys
 
 import pytest
 
-from pixel_jax import start, trajectory
+from pixel_jax import trajectory
 from pixel_jax.configs import rl, sft
-from pixel_jax.tools import compile_plan
-from pixel_jax.tools.compile_plan import Machine, Turn
+from pixel_jax.run import settings
+from pixel_jax.tools.compile import plan as compile_plan
+from pixel_jax.tools.compile.plan import Machine, Turn
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FLOPS, HBM, ICI, DCN = 459e12, 2.765e12, 300e9, 6.2e9  # of a v5p chip
@@ -221,5 +222,5 @@ def test_the_report_labels_every_figure(tmp_path):
 
 
 def test_a_step_of_sft_is_not_planned():
-  with pytest.raises(start.ConfigError, match="configs/rl.py"):
+  with pytest.raises(settings.ConfigError, match="configs/rl.py"):
     compile_plan.main(sft.get_config("7b"), "v5p:4x4x4", None)

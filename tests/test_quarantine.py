@@ -22,15 +22,8 @@ from marks import rest_slow
 from PIL import Image
 
 from pixel_jax import trajectory
-from pixel_jax.data import (
-  media,
-  pipeline,
-  quarantine,
-  records,
-  sources,
-  synthesize,
-  world,
-)
+from pixel_jax.data import media, pipeline, quarantine, records, sources, world
+from pixel_jax.synthesis.templates import Templates
 from pixel_jax.trajectory import Media
 
 GOOD = 24
@@ -68,11 +61,8 @@ def png_of(width, height):
 
 
 def trace(codec, **changes):
-  t, _ = synthesize.trajectory(
-    codec,
-    world.task(0, "train", 1),
-    np.random.default_rng(0),
-    kinds={"image/direct": 1},
+  t, _ = Templates(kinds={"image/direct": 1})(
+    codec, world.task(0, "train", 1), np.random.default_rng(0)
   )
   d = json.loads(trajectory.to_json(t))
   return {**d, **{k: f(d) for k, f in changes.items()}}
@@ -286,7 +276,7 @@ def test_every_kind_of_broken_input_is_set_aside_with_its_reason(
     "jsonl:x.jsonl",
     root=root,
     codec=codec,
-    kinds={"image/direct": 1, "video/direct": 1},
+    synthesis=Templates(kinds={"image/direct": 1, "video/direct": 1}),
   )
   n = len(source)
   assert n == GOOD + len(kinds)
@@ -333,7 +323,7 @@ def test_the_share_ends_the_run(dirty, codec, tmp_path):
     "jsonl:x.jsonl",
     root=root,
     codec=codec,
-    kinds={"image/direct": 1, "video/direct": 1},
+    synthesis=Templates(kinds={"image/direct": 1, "video/direct": 1}),
   )
   plan = {**PLAN, "max_bad_share": (len(kinds) - 1) / quarantine.FEW}
   stream = pipeline.batches(source, codec, seed=0, pack_window=200, **plan)

@@ -1,4 +1,4 @@
-"""The shaped reward against the table of reference/pixel_reasoner.md 3.4, by hand."""
+"""The shaped reward against the table of pixel_reasoner.md 3.4, by hand."""
 
 import hypothesis
 import hypothesis.strategies as st

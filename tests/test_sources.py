@@ -10,7 +10,8 @@ from PIL import Image
 
 from pixel_jax import trajectory
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import formats, media, pipeline, records, sources, synthesize, world
+from pixel_jax.data import formats, media, pipeline, records, sources, world
+from pixel_jax.synthesis import templates
 from pixel_jax.trajectory import Media, Task
 
 
@@ -46,12 +47,14 @@ def test_the_world_as_a_source(uri, share):
 
 def test_kinds_decide_how_often_there_is_a_video():
   kinds = {"image/single": 0.3, "video/single": 0.3, "video/number": 0.3}
-  source = sources.open_source("world:train", kinds=kinds, jitter=1.0)
+  source = sources.open_source(
+    "world:train", synthesis=templates.Templates(kinds=kinds, jitter=1.0)
+  )
   tasks = [source[i] for i in range(300)]
   assert abs(np.mean([t.media[0].kind == "video" for t in tasks]) - 2 / 3) < 0.01
   assert len({t.id for t in tasks}) == 300
   source[len(source) - 1]
-  assert source.synthesis["jitter"] == 1.0
+  assert source.synthesis.jitter == 1.0
 
 
 @pytest.mark.parametrize(
@@ -68,14 +71,16 @@ def test_kinds_decide_how_often_there_is_a_video():
 def test_uris_that_open_nothing(uri, tmp_path):
   with pytest.raises(sources.SourceError):
     sources.open_source(uri, root=tmp_path)
-  with pytest.raises(synthesize.SynthesisError, match="unknown"):
-    sources.open_source("world:train", kinds={"image/nothing": 1.0})
+  with pytest.raises(templates.SynthesisError, match="unknown"):
+    sources.open_source(
+      "world:train", synthesis=templates.Templates(kinds={"image/nothing": 1.0})
+    )
 
 
 def test_lines_in_any_order(tmp_path):
   task = world.task(0, "train", 1)
   words = tokenizer.make_tiny(tmp_path / "words", world.scaffolds())
-  trace, _ = synthesize.trajectory(
+  trace, _ = templates.Templates()(
     encode.Codec(tokenizer=words), task, np.random.default_rng(0)
   )
   write(
@@ -304,7 +309,7 @@ def test_filters_leave_out_and_do_not_set_aside(filter, kept, tmp_path):
     root=tmp_path,
     codec=codec,
     filter=filter,
-    kinds={"image/direct": 1},
+    synthesis=templates.Templates(kinds={"image/direct": 1}),
   )
   plan = dict(rows=1, tokens=2048, patches=1024, pack_window=16, workdir=tmp_path)
   batches = pipeline.batches(traces, codec, seed=0, **plan)

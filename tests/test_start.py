@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from marks import rest_slow
 
-from pixel_jax import checkpoint, parallel, start
+from pixel_jax import parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.configs import common
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
+from pixel_jax.run import checkpoint, policies, settings
 from pixel_jax.tools import convert
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -31,10 +32,10 @@ def mesh():
 
 def test_the_codec_of_a_workdir_and_of_a_checkpoint(tmp_path):
   tokenizer.make_tiny(tmp_path / "tokenizer", [])
-  assert start.open_codec(tmp_path).budgets == encode.RELEASED_BUDGETS
+  assert policies.open_codec(tmp_path).budgets == encode.RELEASED_BUDGETS
   section = common.codec("tiny")
   (tmp_path / "config.json").write_text(json.dumps({"codec": section}))
-  codec = start.open_codec(str(tmp_path))  # as json has it, tuples as lists
+  codec = policies.open_codec(str(tmp_path))  # as json has it, tuples as lists
   assert (codec.budgets, codec.video_frames) == (section["budgets"], 8)
   assert codec.tokens_per_second == model_config.VisionConfig().tokens_per_second
   vision = dataclasses.replace(BARE.vision, tokens_per_second=4.0, window=56)
@@ -42,27 +43,27 @@ def test_the_codec_of_a_workdir_and_of_a_checkpoint(tmp_path):
   checkpoint.save_params(
     tmp_path, {"x": np.zeros(1)}, {"model": model_config.to_hf(other)}
   )
-  codec = start.open_codec(tmp_path, common.codec("7b"))
+  codec = policies.open_codec(tmp_path, common.codec("7b"))
   assert codec.budgets == common.codec("7b")["budgets"]
   assert (codec.tokens_per_second, codec.window) == (4.0, 56)
-  with pytest.raises(start.ConfigError, match="config.codec: .*profile"):
-    start.open_codec(tmp_path, section | {"profile": "cleen"})
+  with pytest.raises(settings.ConfigError, match="config.codec: .*profile"):
+    policies.open_codec(tmp_path, section | {"profile": "cleen"})
   with pytest.raises(tokenizer.TokenizerError, match="no tokenizer"):
-    start.open_codec(tmp_path / "none")
+    policies.open_codec(tmp_path / "none")
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", rest_slow([True, False]))
 def test_a_hugging_face_folder_is_what_import_makes_of_it(half, tmp_path, mesh):
   """The shipped base, for training in f32, to look at in bf16, which it is stored in."""
   dtype = "bfloat16" if half else "float32"
   adapters = None if half else common.lora()
-  convert.import_hf(start.TINY_BASE, tmp_path / "imported", dtype)
+  convert.import_hf(policies.TINY_BASE, tmp_path / "imported", dtype)
 
   def opened(init):
     model = common.model("tiny") | {"dtype": dtype}
     sections = dict(model=model, codec=common.codec("tiny"), adapters=adapters)
     workdir = tmp_path / init.rpartition("/")[2] / "run"
-    return start.open_policy(init, mesh=mesh, seed=0, workdir=workdir, **sections)
+    return policies.open_policy(init, mesh=mesh, seed=0, workdir=workdir, **sections)
 
   one, other = opened("tiny_base"), opened(str(tmp_path / "imported"))
   want = table.unnest(other.params)
@@ -71,11 +72,11 @@ def test_a_hugging_face_folder_is_what_import_makes_of_it(half, tmp_path, mesh):
   assert one.config == other.config and one.extra["model"] == other.extra["model"]
   text = "Which letter?\\boxed{"
   assert one.codec.tokenizer.encode(text) == other.codec.tokenizer.encode(text)
-  assert start.open_codec("tiny_base").window == one.codec.window
+  assert policies.open_codec("tiny_base").window == one.codec.window
 
 
 def test_the_readme_names_the_shipped_base():
-  weights = (start.TINY_BASE / "model.safetensors").read_bytes()
+  weights = (policies.TINY_BASE / "model.safetensors").read_bytes()
   assert hashlib.sha256(weights).hexdigest() in (ROOT / "README.md").read_text()
 
 
@@ -91,8 +92,8 @@ def saved(folder, config, dtype="float32"):
 
 
 def load(folder, config, found, mesh, whole=False):
-  params = start.load(folder, config, found, mesh=mesh, seed=1, whole=whole)
-  for path, x in table.unnest(start.layout(config, mesh)).items():
+  params = policies.load(folder, config, found, mesh=mesh, seed=1, whole=whole)
+  for path, x in table.unnest(policies.layout(config, mesh)).items():
     assert table.unnest(params)[path].sharding == x, path
   return table.unnest(params)
 
@@ -145,7 +146,7 @@ def test_without_a_wish_for_adapters_they_are_merged(tmp_path, mesh, whole):
 def test_other_adapters_than_the_stored_ones_are_told(tmp_path, mesh, change):
   saved(tmp_path, CONFIG)
   other = dataclasses.replace(CONFIG, lora=dataclasses.replace(CONFIG.lora, **change))
-  with pytest.raises(start.ConfigError, match="rank=2, alpha=3.0, .*merge"):
+  with pytest.raises(settings.ConfigError, match="rank=2, alpha=3.0, .*merge"):
     load(tmp_path, other, CONFIG.lora, mesh)
 
 

@@ -9,8 +9,8 @@ import pytest
 import teachers
 from PIL import Image
 
-from pixel_jax.data import journal, teacher
-from pixel_jax.data.journal import Reply
+from pixel_jax.synthesis import journal, teacher
+from pixel_jax.synthesis.journal import Reply
 
 FAST = dict(model="m", first_wait=0.001, longest_wait=0.002, image_tokens=0)
 

@@ -7,9 +7,10 @@ import pytest
 
 from pixel_jax import parallel
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import pipeline, sources, synthesize, world
+from pixel_jax.data import pipeline, sources, world
 from pixel_jax.model import config as model_config
 from pixel_jax.model import qwen2_5_vl
+from pixel_jax.synthesis import templates
 
 
 @pytest.fixture
@@ -40,8 +41,11 @@ def test_every_kind_of_trace_is_one_trace_of_the_program(codec):
 
     return jax.value_and_grad(loss)(params)
 
-  kinds = {k: 1.0 for k in synthesize.KINDS if k != "video/zoom"}  # needs full_train
-  source = sources.open_source("world:train", kinds=kinds, jitter=2.0, edge_jitter=1.0)
+  kinds = {k: 1.0 for k in templates.KINDS if k != "video/zoom"}  # needs full_train
+  source = sources.open_source(
+    "world:train",
+    synthesis=templates.Templates(kinds=kinds, jitter=2.0, edge_jitter=1.0),
+  )
   stream = pipeline.batches(
     source, codec, seed=0, rows=4, tokens=192, patches=320, pack_window=8, shards=2
   )

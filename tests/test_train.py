@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from pixel_jax import checkpoint, trajectory
-from pixel_jax.evals import common
+from pixel_jax import trajectory
+from pixel_jax.evals import protocol
+from pixel_jax.run import checkpoint
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SFT = ("train_sft", "configs/sft.py:tiny,base")
@@ -123,7 +124,7 @@ def base(tmp_path_factory):
 def judged():
   """A policy of a few steps is never right: it is rewarded for something."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+    patch.setattr(protocol, "judge", lambda t: float(sum(t.ids) % 2))
     yield
 
 
@@ -332,21 +333,24 @@ def test_rl_and_evaluation_of_adapters(adapted, tmp_path):
 
 @pytest.mark.slow
 def test_the_readme_on_one_gpu(base, tmp_path):
-  """Its commands as they stand, with tiny for 7b: a bf16 base, two steps, PEFT out."""
+  """Its commands as they stand, with tiny for 7b: a bf16 base, few steps, PEFT out."""
   readme = (ROOT / "README.md").read_text(encoding="utf-8")
-  block = readme.partition("## One GPU: LoRA")[2].split("```")[1].strip()
+  block = readme.partition("### Train on your GPU")[2].split("```")[1].strip()
   program = [sys.executable, "-m", "pixel_jax"]
   theirs = tmp_path / "DIR"
   first = [*program, "convert", "export", f"--checkpoint={base}", f"--out={theirs}"]
-  steps = [f"--config.{k}={v}" for k, v in SMALL_SFT.items()]
-  for words in (first, *(line.split() for line in block.splitlines())):
+  imported = [*program, "convert", "import", f"--hf={theirs}"]
+  imported += [f"--out={tmp_path}/CKPT", "--dtype=bfloat16"]
+  steps = {"sft": SMALL_SFT, "rl": SMALL_RL}
+  for words in (first, imported, *(line.split() for line in block.splitlines())):
     if words[0] == "pixel-jax":
       words = program + [
-        re.sub("=(DIR|CKPT|ADAPTER|MERGED|runs/lora)$", rf"={tmp_path}/\1", w)
+        re.sub("=(DIR|ADAPTER|MERGED|runs/lora|runs/lora-rl)$", rf"={tmp_path}/\1", w)
         for w in words[1:]
       ]
-    if "sft" in words:
-      words = [w.replace(":7b", ":tiny") for w in words] + steps
+    for name in steps.keys() & set(words):
+      words = [w.replace(":7b", ":tiny") for w in words]
+      words += [f"--config.{k}={v}" for k, v in steps[name].items()]
     ran = subprocess.run(
       words, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
       capture_output=True, text=True, timeout=600,
@@ -367,9 +371,10 @@ def test_the_readme_on_one_gpu(base, tmp_path):
 
 MISTAKES = {
   "--config.total_stepz=3": "total_steps",
-  "--config.optim.lrr=3": '"lr"',
-  "--config.mesh.zzz=3": "config.mesh.zzz",
-  "--config.total_steps=many": "total_steps",
+  "--config.optim.lrr=3": "did you mean config.optim.lr?",
+  "--config.mesh.zzz=3": "the fields of config.mesh are data, fsdp, tensor",
+  "--config.lr=3": "did you mean config.optim.lr?",
+  "--config.total_steps=many": "config.total_steps=many: expected a value of the type int",
   "--config.mesh.data=3": "mesh",
   "--config.data.uri=world:tarin": "train",
   "--config.init=/nowhere": "/nowhere",
@@ -383,7 +388,8 @@ MISTAKES = {
 # touched a device yet.
 FORKS = """
 import json, os, sys
-from pixel_jax import start, train_sft
+from pixel_jax import train_sft
+from pixel_jax.run import start
 for argv in json.load(sys.stdin):
   read, write = os.pipe()
   if not (pid := os.fork()):

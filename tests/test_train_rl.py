@@ -10,10 +10,9 @@ import layouts
 import ml_collections
 import numpy as np
 import pytest
-from marks import rest_slow
 
 from pixel_jax import train_rl, trajectory
-from pixel_jax.evals import common
+from pixel_jax.evals import protocol
 from pixel_jax.pixels import image
 
 
@@ -35,7 +34,7 @@ def rl():
 @pytest.fixture
 def run(rl, tmp_path, monkeypatch):
   """Runs on a URI; a policy that knows nothing is rewarded for something."""
-  monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+  monkeypatch.setattr(protocol, "judge", lambda t: float(sum(t.ids) % 2))
 
   def start(root, uri, name, eval_uri="", steps=1, **data):
     config = ml_collections.ConfigDict(rl.to_dict())
@@ -56,7 +55,8 @@ def run(rl, tmp_path, monkeypatch):
   return start
 
 
-@pytest.mark.parametrize("layout", rest_slow(layouts.QUESTIONS))
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", layouts.QUESTIONS)
 def test_rl_runs_from_every_source_by_one_line(layout, run, tmp_path):
   ((line,), played) = run(tmp_path, layout(tmp_path, 8), layout.__name__)
   assert np.isfinite([line["loss"], line["eval/accuracy"]]).all()
@@ -114,8 +114,8 @@ def test_rl_of_a_mixture_with_weights_and_a_filter(run, tmp_path):
 
 @pytest.mark.slow
 def test_told_to_leave_in_an_update(rl, tmp_path, monkeypatch):
-  """The step is given up, also after the first of its updates."""
-  monkeypatch.setattr(common, "judge", lambda t: float(sum(t.ids) % 2))
+  """Before its first update the step is given up; from then on it is finished."""
+  monkeypatch.setattr(protocol, "judge", lambda t: float(sum(t.ids) % 2))
   config = ml_collections.ConfigDict(rl.to_dict())
   config.total_steps, config.rl.minibatches = 3, 2
   config.data.update(root=str(tmp_path), uri=layouts.text_only(tmp_path, 8))
@@ -148,7 +148,7 @@ def test_told_to_leave_in_an_update(rl, tmp_path, monkeypatch):
   whole = start("whole")
   first, second = [i for i, name in enumerate(calls, 1) if name == "apply"][2:4]
   assert len(whole) == 3 and first + 1 < second
-  for at in (first - 1, first + 1):
-    assert start(f"told{at}", at) == whole[:1]
-    assert (tmp_path / f"told{at}" / "checkpoints" / "1").is_dir()
+  for at, done in ((first - 1, 1), (first + 1, 2)):
+    assert start(f"told{at}", at) == whole[:done]
+    assert (tmp_path / f"told{at}" / "checkpoints" / str(done)).is_dir()
     assert start(f"told{at}") == whole

@@ -16,15 +16,17 @@ of ours; on export, write only the adapters.
 
 import argparse
 import dataclasses
+import json
 import pathlib
 import sys
 
 import jax
 from tqdm import tqdm
 
-from pixel_jax import checkpoint, parallel
+from pixel_jax import parallel
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl, table
+from pixel_jax.run import checkpoint, policies
 
 
 def import_hf(source: str, out: str, dtype: str, adapter: str | None = None) -> None:
@@ -81,6 +83,8 @@ def export_hf(source: str, out: str, dtype: str | None, adapter: bool = False) -
   with _Bar("export") as progress:
     hf.export_checkpoint(config, params, out, dtype, progress=progress)
   copied = hf.copy_companions(source / "tokenizer", out)
+  if codec := policies.read_codec(source):
+    (out / policies.OURS).write_text(json.dumps({"codec": codec}, indent=1) + "\n")
   print(f"{_size(params)} -> {out}: config.json, *.safetensors and {copied} more files")
 
 

@@ -24,9 +24,10 @@ from collections.abc import Sequence
 import numpy as np
 from tqdm import tqdm
 
-from pixel_jax import checkpoint, start
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import formats, pack, sources, world
+from pixel_jax.data.retell import retell
+from pixel_jax.run import checkpoint, policies
 from pixel_jax.trajectory import Trajectory
 from pixel_jax.view import page
 from pixel_jax.view import trajectory as view
@@ -95,7 +96,7 @@ def _see(source, codec: encode.Codec, i: int) -> Seen:
     prompt = encode.Conversation(codec, record, load)
     made = prompt.trajectory, prompt.pixels
   elif record.turns and not record.ids:
-    made = formats.retell(record, codec, load)
+    made = retell(record, codec, load)
   else:
     made = record, encode.redraw(record, codec, load)
   return Seen(i, made[0], encode.example(*made), pixels, what)
@@ -248,10 +249,10 @@ def main(argv: Sequence[str] | None = None) -> None:
   with tempfile.TemporaryDirectory() as folder:
     try:
       if args.init:
-        codec = start.open_codec(args.init)
+        codec = policies.open_codec(args.init)
       else:
         words = tokenizer.make_tiny(folder, world.scaffolds())
-        codec = start.make_codec(words, {})
+        codec = policies.make_codec(words, {})
       source = sources.open_source(args.uri, root=args.root, codec=codec)
       pack.check_limits(args.tokens, args.patches)
     except (ValueError, checkpoint.CheckpointError) as error:

@@ -20,31 +20,33 @@ import time
 
 from tqdm import tqdm
 
-from pixel_jax import bucket, checkpoint, parallel, start, trajectory
+from pixel_jax import parallel, trajectory
 from pixel_jax.chat import encode, tokenizer
-from pixel_jax.data import distill, export, journal, sources, teacher, world
+from pixel_jax.data import sources, world
 from pixel_jax.rollout import engine, placement
+from pixel_jax.run import bucket, checkpoint, policies, settings, start
+from pixel_jax.synthesis import distill, export, journal, teacher
 from pixel_jax.trajectory import Media, Task
 
 
 def main(config, workdir):
   if bucket.behind(workdir) != workdir:
-    raise start.ConfigError(
+    raise settings.ConfigError(
       "--workdir: the journal of what the teacher was paid for is written line by line, "
       "which a bucket cannot take; give a local folder"
     )
   start.open_workdir(workdir, config)
   codec = open_codec(config, workdir)
-  source = start.call("data", sources.open_source, codec=codec, **config.data)
-  recipe = start.call("recipe", distill.Recipe, seed=config.seed, **config.recipe)
+  source = settings.call("data", sources.open_source, codec=codec, **config.data)
+  recipe = settings.call("recipe", distill.Recipe, seed=config.seed, **config.recipe)
   try:
     report = asyncio.run(synthesize_all(config, workdir, codec, source, recipe))
   except (teacher.TeacherError, journal.JournalError) as error:
-    raise start.ConfigError(
+    raise settings.ConfigError(
       f"{error}. What was answered so far is kept; the same command goes on."
     ) from error
   except KeyboardInterrupt:
-    raise start.ConfigError("stopped; the same command goes on") from None
+    raise settings.ConfigError("stopped; the same command goes on") from None
   print(table(report))
   print(
     f"in {workdir}: trajectories.jsonl, pixel_reasoner/, dropped.jsonl, report.json, "
@@ -60,14 +62,14 @@ def main(config, workdir):
 def open_codec(config, workdir) -> encode.Codec:
   """The tokenizer and the prompt profile that the trajectories are written for."""
   if config.init:
-    return start.open_codec(config.init, config.codec)
+    return policies.open_codec(config.init, config.codec)
   if not sources.is_world(config.data.uri):
-    raise start.ConfigError(
+    raise settings.ConfigError(
       "config.init is empty: ids need the tokenizer of the model to be trained. Give a "
       "converted checkpoint (pixel-jax convert import --hf=DIR --out=DIR)"
     )
   words = tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
-  return start.make_codec(words, config.codec)
+  return policies.make_codec(words, config.codec)
 
 
 async def synthesize_all(config, workdir, codec, source, recipe) -> dict:
@@ -77,7 +79,7 @@ async def synthesize_all(config, workdir, codec, source, recipe) -> dict:
       contextlib.closing(journal.Journal(workdir / "teacher.jsonl"))
     )
     model, complete = await open_teacher(config, workdir, stack)
-    master = start.call(
+    master = settings.call(
       "teacher", teacher.Teacher, complete, notes, **{**config.teacher, "model": model}
     )
     return await write(config, workdir, codec, source, recipe, master)
@@ -89,7 +91,7 @@ async def open_teacher(config, workdir, stack) -> tuple[str, teacher.Complete]:
     local = Local(config, workdir)
     return f"{config.local}@{local.weights}", local.complete
   name = config.teacher.model
-  opened = start.call("endpoint", teacher.endpoint, name, **config.endpoint)
+  opened = settings.call("endpoint", teacher.endpoint, name, **config.endpoint)
   return name, await stack.enter_async_context(opened)
 
 
@@ -195,7 +197,7 @@ class Local:
   """A checkpoint of ours as the teacher: requests that wait are played together."""
 
   def __init__(self, config, workdir):
-    self.policy = start.open_policy(
+    self.policy = policies.open_policy(
       config.local,
       model=config.model,
       codec=config.codec,
@@ -205,7 +207,7 @@ class Local:
     )
     self.weights = checkpoint.fingerprint(config.local)
     codec = dataclasses.replace(self.policy.codec, tools=False)
-    self.engine = start.call(
+    self.engine = settings.call(
       "engine", engine.Engine, self.policy.config, codec, **config.engine
     )
     self._waiting: list[tuple[teacher.Request, asyncio.Future]] = []

@@ -56,6 +56,12 @@ def run_seed(out: pathlib.Path, seed: int, steps: int | None) -> dict:
     workdir = out / f"rl_{alpha:g}"
     more = [f"total_steps={steps}"] if steps else []
     alone = [of_seed, f"init={sft}", f"reward.alpha={alpha}", *more]
+    # The second takes from the cache what the first has compiled by its first step.
+    first = out / f"rl_{next(iter(ARMS.values())):g}" / "metrics.jsonl"
+    while (
+      arms and arms[0].poll() is None and not (first.exists() and first.stat().st_size)
+    ):
+      time.sleep(0.5)
     arms.append(begin("train_rl", "rl:tiny", workdir, *alone))
     policies.append(f"RL {name}={workdir}")
   finish(*arms)

@@ -12,10 +12,11 @@ import json
 import pathlib
 import sys
 
-from pixel_jax import start, trajectory
+from pixel_jax import trajectory
 from pixel_jax.chat import encode
 from pixel_jax.data import media
-from pixel_jax.evals import common
+from pixel_jax.evals import protocol
+from pixel_jax.run import policies
 from pixel_jax.view import charts
 from pixel_jax.view import report as view
 
@@ -74,7 +75,7 @@ def read_runs(workdir: pathlib.Path) -> list[view.Run]:
       run.trajectories += read
     else:  # an evaluation keeps no judgement; judge as it does
       for t in read:
-        t.reward.setdefault("correct", common.judge(t))
+        t.reward.setdefault("correct", protocol.judge(t))
       runs.append(view.Run(file.stem.replace("_", ", "), trajectories=read))
   return runs if run.metrics or run.config else [run, *runs]
 
@@ -83,7 +84,7 @@ def open_codec(folders: list[pathlib.Path]) -> encode.Codec | None:
   """The codec of the first run that kept its config and tokenizer."""
   for folder in folders:
     if "codec" in read_json(folder / "config.json") and (folder / "tokenizer").exists():
-      return start.open_codec(folder)
+      return policies.open_codec(folder)
   return None
 
 

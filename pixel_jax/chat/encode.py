@@ -26,6 +26,7 @@ from PIL import Image
 
 from pixel_jax.chat import template, tools
 from pixel_jax.chat.tokenizer import Part, Tokenizer
+from pixel_jax.chat.tools import Operation
 from pixel_jax.pixels import geometry, image, ops
 from pixel_jax.trajectory import Media, OpCall, Slot, Task, Trajectory
 
@@ -60,6 +61,7 @@ class Codec:
   tools: bool = True  # False: no operations are offered, every turn is an answer
   video_frames: int = 16  # of a longer clip, so many are shown, evenly spaced
   crop_source: str = "original"  # "view": crops from what was shown, as released
+  operations: tuple[Operation, ...] = ()  # of yours, beside the two
   # Bicubic resize to (width, height).  The engine may put one here that runs on its
   # device (pixels/resample.py); the bytes are the same.
   resize: Callable[[Image.Image, tuple[int, int]], Image.Image] = image.bicubic
@@ -68,6 +70,13 @@ class Codec:
     tools.check_profile(self.profile)
     if self.crop_source not in ("original", "view"):
       raise ValueError(f"{self.crop_source=}: allowed are original, view")
+    names = self.operation_names
+    roles = {o.role for o in self.operations}
+    if len(set(names)) < len(names) or not roles <= {"crop", "frame"}:
+      raise ValueError(
+        f"operations {', '.join(names)} of the roles {sorted(roles)}: every name is used "
+        "once, and a role is crop or frame"
+      )
     if set(self.budgets) != set(ROLES):
       raise ValueError(
         f"budgets are given for {sorted(self.budgets)}; expected {sorted(ROLES)}"
@@ -77,6 +86,10 @@ class Codec:
         raise ValueError(
           f"budgets[{role!r}] is {(fewest, most)}; expected 0 < fewest <= most pixels"
         )
+
+  @property
+  def operation_names(self) -> tuple[str, ...]:
+    return (*tools.OPERATIONS, *(o.name for o in self.operations))
 
   def shrink(self, picture: Image.Image, role: str) -> Image.Image:
     """The view of a picture in the pixel budget of its role."""
@@ -126,7 +139,7 @@ class Conversation:
     self.seen = ops.Seen()
     self._next = 0  # M-RoPE position of what follows
     shown = question_pictures(codec, task, load_media)
-    system = tools.system_prompt(codec.profile, codec.tools)
+    system = tools.system_prompt(codec.profile, codec.tools, codec.operations)
     text = task.question + tools.user_suffix(codec.profile, codec.tools)
     content = [
       *({"type": s.picture.kind} for s in shown),
@@ -235,7 +248,8 @@ class Conversation:
     """What the last turn asks for, not yet run; None when it is an answer."""
     if not self.codec.tools:
       return None
-    return tools.parse_call(self.last_text(), self.codec.profile)
+    codec = self.codec
+    return tools.parse_call(self.last_text(), codec.profile, codec.operation_names)
 
   def call_of_last_turn(self, *, planted: bool = False) -> tools.Observation | None:
     """Runs the call of the last turn and records it; None for an answer."""
@@ -321,7 +335,7 @@ def view_frames(
 
 
 def lay_out(views: Sequence[Image.Image], codec: Codec) -> geometry.Pixels:
-  """Views as they are: resizing a small view twice would change its size again."""
+  """Lays out views without resizing them: a second resize could change their size."""
   patches, grid = image.patchify(
     np.stack([np.asarray(v) for v in views]), codec.patch, codec.temporal, codec.merge
   )
@@ -358,8 +372,9 @@ def question_pictures(codec: Codec, task: Task, load_media: LoadMedia) -> list[S
 def run(call: tools.Call, seen: ops.Seen, codec: Codec) -> tools.Observation:
   """Runs a call on what was seen, with the budgets of the codec."""
   return tools.run_call(
-    call, seen, codec.profile, shrink=codec.shrink, source=codec.crop_source
-  )
+    call, seen, codec.profile, shrink=codec.shrink, source=codec.crop_source,
+    operations=codec.operations,
+  )  # fmt: skip
 
 
 # ---- Afterwards ----------------------------------------------------------------------

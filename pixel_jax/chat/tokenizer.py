@@ -12,6 +12,7 @@ coordinate) that the tiny tokenizer holds as one id; anyone may write them.
 """
 
 import functools
+import hashlib
 import json
 import pathlib
 import re
@@ -79,6 +80,11 @@ class Tokenizer:
     self.image_pad = self.id("<|image_pad|>")
     self.video_pad = self.id("<|video_pad|>")
     self._encode_parts = functools.lru_cache(maxsize=1024)(self._encode_parts)
+
+  @functools.cached_property
+  def digest(self) -> str:
+    """The same for tokenizers that give the same ids."""
+    return hashlib.blake2b(self._backend.to_str().encode(), digest_size=16).hexdigest()
 
   def id(self, token: str) -> int:
     """The id of one token, given as its text."""

@@ -23,6 +23,7 @@ from typing import Any
 from PIL import Image
 
 from pixel_jax.chat import template
+from pixel_jax.pixels import image as image_lib
 from pixel_jax.pixels import ops
 
 PROFILES = ("released", "clean")
@@ -83,6 +84,28 @@ GUIDELINES = (
 )
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operation:
+  """An operation of yours beside the two: what the model is told, and what is run.
+
+  Attributes:
+    name: of the function that the model calls.
+    description: what it is good for, as the model reads it in the system prompt.
+    properties: the arguments as JSON schema, {"angle": {"type": "number", ...}}; all are
+      required.  Nobody checks what the model writes against it but `run`.
+    run: a pure function (seen, arguments) -> pictures, or an `ops.OpError` that the model
+      reads.  The same arguments give the same pixels, so that a trajectory can be
+      redrawn.  What it raises becomes an error of the kind "failed".
+    role: whose pixel budget the pictures get, "crop" or "frame".
+  """
+
+  name: str
+  description: str
+  properties: dict[str, dict]
+  run: Callable[[ops.Seen, Any], list[Image.Image] | ops.OpError]
+  role: str = "crop"
+
+
 @dataclasses.dataclass(frozen=True)
 class Call:
   """One attempt at an operation.  `error` says why it cannot even be tried."""
@@ -105,8 +128,10 @@ class Observation:
 
 
 @functools.cache
-def system_prompt(profile: str, tools: bool = True) -> str:
-  """The system turn; with `tools` it declares the two operations."""
+def system_prompt(
+  profile: str, tools: bool = True, operations: tuple[Operation, ...] = ()
+) -> str:
+  """The system turn; with `tools` it declares the two operations, and yours."""
   check_profile(profile)
   if not tools:
     return template.SYSTEM
@@ -134,6 +159,7 @@ def system_prompt(profile: str, tools: bool = True) -> str:
       crop,
     ),
     _signature("select_frames", "Select frames from a video.", frames),
+    *(_signature(o.name, o.description, o.properties) for o in operations),
   )
   return template.SYSTEM + TOOLS.format(signatures="\n".join(signatures))
 
@@ -165,11 +191,16 @@ def call_text(name: str, arguments: dict) -> str:
   return f"{OPEN}\n{call}\n{CLOSE}"
 
 
-def parse_call(text: str, profile: str) -> Call | None:
+def parse_call(
+  text: str, profile: str, known: Sequence[str] = OPERATIONS
+) -> Call | None:
   """The call at the end of an assistant's turn; None when the turn is an answer.
 
   As released, a turn calls only if it ends exactly with `</tool_call>` ("clean"
   forgives white space behind it), and the last `<tool_call>` of the turn counts.
+
+  Args:
+    known: the names of the operations that there are.
   """
   check_profile(profile)
   text = text.replace(template.END, "")
@@ -185,8 +216,8 @@ def parse_call(text: str, profile: str) -> Call | None:
   if profile == "released":  # its error texts are those of Python
     try:
       name, arguments = call["name"], call["arguments"]
-      known = isinstance(name, str) and name in OPERATIONS
-      error = None if known else ops.OpError("unknown_operation", repr(name))
+      found = isinstance(name, str) and name in known
+      error = None if found else ops.OpError("unknown_operation", repr(name))
     except (KeyError, TypeError) as e:
       name, arguments, error = "", call, ops.OpError("bad_arguments", str(e))
     return Call(name if isinstance(name, str) else "", arguments, error)
@@ -196,8 +227,8 @@ def parse_call(text: str, profile: str) -> Call | None:
     )
     return Call("", call, ops.OpError("bad_arguments", wanted))
   name, arguments = call["name"], call["arguments"]
-  if not isinstance(name, str) or name not in OPERATIONS:
-    wanted = f"Unknown function {json.dumps(name)}. Use one of {', '.join(OPERATIONS)}."
+  if not isinstance(name, str) or name not in known:
+    wanted = f"Unknown function {json.dumps(name)}. Use one of {', '.join(known)}."
     error = ops.OpError("unknown_operation", wanted)
     return Call(name if isinstance(name, str) else "", arguments, error)
   return Call(name, arguments)
@@ -210,11 +241,15 @@ def run_call(
   *,
   shrink: Callable[[Image.Image, str], Image.Image],
   source: str = "original",
+  operations: Sequence[Operation] = (),
 ) -> Observation:
   """Runs `call` on what was seen.  `shrink(image, role)` makes the view shown."""
-  role = "frame" if call.name == "select_frames" else "crop"
+  own = next((o for o in operations if o.name == call.name), None)
+  role = "frame" if call.name == "select_frames" else own.role if own else "crop"
   result = call.error
-  if result is None and call.name == "select_frames":
+  if result is None and own is not None:
+    result = _run_own(own, seen, call.arguments)
+  elif result is None and call.name == "select_frames":
     result = ops.select_frames(seen, call.arguments, profile=profile)
   elif result is None:
     result = ops.crop_image_normalized(
@@ -225,7 +260,13 @@ def run_call(
     return Observation(text, role=role, error=result)
   views = [shrink(image, role) for image in result]
   width, height = views[0].size
-  if role == "crop":
+  if own is not None:
+    first = number_of_next(seen, profile)
+    text = (
+      f"\nHere is what {own.name} returned (Image Size: {width}x{height}, "
+      f"Numbered {first} to {first + len(views) - 1}):"
+    )
+  elif role == "crop":
     text = f"\nHere is the cropped image (Image Size: {width}x{height}):"
   else:
     first = number_of_next(seen, profile)
@@ -234,6 +275,24 @@ def run_call(
       f"Numbered {first} to {first + len(views) - 1}):"
     )
   return Observation(text, images=result, views=views, role=role)
+
+
+def _run_own(
+  operation: Operation, seen: ops.Seen, arguments: Any
+) -> list[Image.Image] | ops.OpError:
+  """Pictures or an error, whatever it returns or raises: the arguments are the model's."""
+  try:
+    result = operation.run(seen, arguments)
+  except Exception as error:
+    return ops.OpError("failed", f"{type(error).__name__}: {error}")
+  if isinstance(result, ops.OpError):
+    return result
+  pictures = list(result or ())
+  if not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+    return ops.OpError("failed", f"{operation.name} returned no pictures.")
+  if any(max(p.size) > image_lib.MAX_ASPECT * min(p.size) for p in pictures):
+    return ops.OpError("too_narrow", f"{operation.name} returned too narrow a picture.")
+  return [p.convert("RGB") for p in pictures]
 
 
 def number_of_next(seen: ops.Seen, profile: str) -> int:

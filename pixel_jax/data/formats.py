@@ -27,14 +27,12 @@ the policy are learned, as released (pixel_reasoner.md 2.5).
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 from pixel_jax import answers, trajectory
 from pixel_jax.chat import template, tools
-from pixel_jax.chat.encode import Codec, Conversation, LoadMedia
 from pixel_jax.data.records import BadRecord
-from pixel_jax.pixels import ops
-from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 
 FIELDS = {f.name for f in dataclasses.fields(Task)}
@@ -65,10 +63,19 @@ class Turn:
   media: list[Media] = dataclasses.field(default_factory=list)
 
 
-def read(record: dict[str, Any], name: str) -> Task | Trajectory:
-  """The record as a question or a trace; BadRecord, with its name, where it is none."""
+Layout = Callable[[dict[str, Any], str], Task | Trajectory]
+
+
+def read(
+  record: dict[str, Any], name: str, layout: Layout | None = None
+) -> Task | Trajectory:
+  """The record as a question or a trace; BadRecord, with its name, where it is none.
+
+  Args:
+    layout: reads records of a layout of yours; None = those known here, by their fields.
+  """
   try:
-    return _read(record, name)
+    return (layout or _read)(record, name)
   except (ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
     text = f"no {error}" if isinstance(error, KeyError) else str(error)
     raise BadRecord(f"{name}: {text}") from error
@@ -421,71 +428,3 @@ def _in_protocol(text: str, asked: Turn) -> str:
     "target_image": arguments.get("target_image", 1),
   }
   return text.rpartition(tools.OPEN)[0] + tools.call_text(CROP, box)
-
-
-def retell(
-  told: Trajectory, codec: Codec, load_media: LoadMedia
-) -> tuple[Trajectory, list[Pixels]]:
-  """A told trace with exact ids, and the pixels of its slots; its calls are run again."""
-  trace = Conversation(codec, told.task, load_media)
-  if told.calls and not codec.tools:
-    raise BadRecord(f"task {told.task.id} calls operations, and codec.tools is False")
-  said = [t["text"] for t in told.turns if t["role"] == "assistant"]
-  results = [t["text"] for t in told.turns[1:] if t["role"] == "user"]
-  for i, text in enumerate(said):
-    call = tools.parse_call(text, codec.profile)
-    if call is not None:
-      text = _here(text, call, trace)
-    planted = i < len(told.calls) and told.calls[i].planted
-    ids = _spell(text, codec, is_call=call is not None)
-    trace.add_sampled(ids, weight=0.0 if planted else 1.0)
-    observation = trace.call_of_last_turn(planted=planted)
-    if observation is None:
-      continue
-    if observation.error and not planted:  # nobody should learn it
-      raise BadRecord(
-        f"task {told.task.id}: call {i + 1} fails when it is run: "
-        f"{observation.error.text}"
-      )
-    shown, made = results[i].count(template.IMAGE), len(observation.images)
-    if shown != made:
-      raise BadRecord(
-        f"task {told.task.id}: call {i + 1} shows {shown} pictures in the record and "
-        f"{made} when it is run"
-      )
-    trace.observe(observation)
-  return trace.finish("answer"), trace.pixels
-
-
-def _here(text: str, call: tools.Call, trace: Conversation) -> str:
-  """The call in the coordinates and numbers of the run's profile."""
-  arguments, box, target = call.arguments, None, None
-  if call.name == CROP and isinstance(arguments, dict):
-    box, target = arguments.get("bbox_2d"), arguments.get("target_image")
-  if not (isinstance(box, list) and len(box) == 4 and isinstance(target, int)):
-    return text
-  seen, number = trace.seen.pictures, target
-  if seen and seen[0].kind == "video" and 2 <= target <= len(seen):
-    # Released: behind the first result a clip is picture 1, and results are 2, 3, ...
-    number += len(seen[0].source) - 1
-  if trace.codec.profile == "clean":
-    target = number
-  pictures = ops.flat(trace.seen)
-  pixels = all(isinstance(v, int | float) for v in box) and max(box) > 1
-  if pixels and 1 <= number <= len(pictures):  # crop_image, as first published
-    width, height = pictures[number - 1].size
-    box = [round(v / n, 4) for v, n in zip(box, (width, height) * 2)]
-  if (box, target) == (arguments["bbox_2d"], arguments["target_image"]):
-    return text
-  new = {**arguments, "bbox_2d": box, "target_image": target}
-  return text.rpartition(tools.OPEN)[0] + tools.call_text(CROP, new)
-
-
-def _spell(text: str, codec: Codec, is_call: bool) -> list[int]:
-  """Ids of a turn; only the tags of its call are control tokens."""
-  parts = [(text, False)]
-  if is_call:
-    head, opened, rest = text.rpartition(tools.OPEN)
-    body, closed, _ = rest.rpartition(tools.CLOSE)
-    parts = [(head, False), (opened, True), (body, False), (closed, True)]
-  return [*codec.tokenizer.encode_parts(parts), codec.tokenizer.im_end]

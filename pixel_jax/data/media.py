@@ -36,7 +36,7 @@ HELD = 4 << 30
 
 
 class Held:
-  """Pictures that were decoded to be looked at, for their use: they come once.
+  """Keeps the pictures that a check has decoded until a rollout uses them.
 
   Those beyond `HELD` bytes are decoded again.
   """

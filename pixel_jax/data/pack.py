@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-# The tower attends in banded blocks of 64 patches (reference/performance.md 3.3).
+# The tower attends in banded blocks of 64 patches (limits.md 3.3).
 PATCH_BLOCK = 64
 PATCH_BYTES = 1176
 

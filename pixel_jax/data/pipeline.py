@@ -17,11 +17,8 @@ describes what was consumed.  Not here: what an example is (`chat/encode.py`), d
 import concurrent.futures
 import dataclasses
 import functools
-import json
+import inspect
 import pathlib
-import queue
-import threading
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -29,10 +26,40 @@ import grain
 import numpy as np
 
 from pixel_jax.chat import encode
-from pixel_jax.data import formats, pack, records, synthesize
+from pixel_jax.data import formats, pack, records, sources
 from pixel_jax.data.media import Held
 from pixel_jax.data.quarantine import Bad, DataError, LeftOut, Quarantine, attempt
+from pixel_jax.data.retell import retell
+from pixel_jax.data.stream import Stream
 from pixel_jax.trajectory import Task, Trajectory
+
+
+def open_batches(uri: str, codec: encode.Codec, **settings: Any) -> Stream:
+  """`batches` of what a URI names: the arguments of `sources.open_source`, and theirs."""
+  source, plan = _open(uri, codec, settings)
+  return batches(source, codec, **plan)
+
+
+def open_tasks(uri: str, codec: encode.Codec, **settings: Any) -> Stream:
+  """`tasks` of what a URI names: the arguments of `sources.open_source`, and theirs."""
+  source, plan = _open(uri, codec, settings)
+  return tasks(source, **plan)
+
+
+def open_fixed(
+  uri: str, codec: encode.Codec, *, tasks: int, **settings: Any
+) -> "Questions":
+  """The first `tasks` questions of what a URI names, as `fixed_tasks` takes them."""
+  source, plan = _open(uri, codec, settings)
+  return Questions(fixed_tasks(source, tasks, **plan), source.load_media)
+
+
+def _open(uri, codec, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+  """The source of a URI, and those of the settings that are not its own."""
+  own = inspect.signature(sources.open_source).parameters.keys() - {"uri", "codec"}
+  mine = {k: v for k, v in settings.items() if k in own}
+  source = sources.open_source(uri, codec=codec, **mine)
+  return source, {k: v for k, v in settings.items() if k not in own}
 
 
 def batches(
@@ -53,7 +80,7 @@ def batches(
   read_ahead: int = 3,
   apart: bool = False,
   place: Callable[[dict], Any] | None = None,
-) -> "Stream":
+) -> Stream:
   """Endless dicts of the fields of `Batch`: this host's block of `rows` packed rows.
 
   Args:
@@ -125,7 +152,7 @@ def tasks(
   host: int = 0,
   hosts: int = 1,
   read_ahead: int = 1,
-) -> "Stream":
+) -> Stream:
   """Endless `Questions`: this host's block of `batch` of them.
 
   A question whose answer is missing or whose media cannot be read is set aside, so that
@@ -249,13 +276,13 @@ def _own_shards(source, size, shards, host, hosts, name) -> range:
     )
   if size < 1 or size % shards:
     raise DataError(
-      f"{name}={size} with data.shards={shards}: every shard fills the same number of "
-      f"them. Make {name} a multiple of {shards}."
+      f"{name}={size} cannot be divided among data.shards={shards}, each of which fills "
+      f"as many; make {name} a multiple of {shards}"
     )
   if len(source) < shards:
     raise DataError(
-      f"{len(source)} records for data.shards={shards}; every shard needs one at least. "
-      "Lower data.shards, or give more records"
+      f"data.shards={shards}, and the source has {len(source)} records; every shard needs "
+      "one, so lower data.shards or give more records"
     )
   each = shards // hosts
   return range(host * each, (host + 1) * each)
@@ -317,7 +344,7 @@ def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Exam
     t = record
     formats.check_task(t.task)
     if t.turns and not t.ids:
-      return encode.example(*formats.retell(t, codec, load_media))
+      return encode.example(*retell(t, codec, load_media))
     lengths = {len(x) for x in (t.ids, t.sampled, t.weight, t.logp, t.position)}
     if len(lengths) > 1:
       raise records.BadRecord(
@@ -340,140 +367,4 @@ def _example(source, codec, index: int, rng: np.random.Generator) -> encode.Exam
       "section, or a file of trajectories"
     )
   formats.check_task(record)
-  made = synthesize.trajectory(
-    codec, record, rng, load_media=load_media, **source.synthesis
-  )
-  return encode.example(*made)
-
-
-# ---- State and reading ahead ---------------------------------------------------------
-
-
-class Stream:
-  """An endless iterator with a state, filled by a thread of its own.
-
-  The state is JSON: {"layout": ..., "shards": {"0": ...}}, the shards of this host; the
-  states of several hosts are joined by joining their shards.
-
-    batch = next(stream)
-    update(batch)        sent off; the devices are at work
-    stream.prepare()     meanwhile the next batch is placed; the state stays that of
-                         `batch`
-  """
-
-  def __init__(
-    self,
-    produce,
-    layout: dict,
-    shards: dict[str, dict],
-    read_ahead: int,
-    place: Callable[[Any], Any] | None = None,
-  ):
-    self._produce, self._depth, self._place = produce, read_ahead, place
-    self._state = {"layout": layout, "shards": shards}
-    self._reader: _Reader | None = None
-    self._ready: tuple[Any, dict] | Exception | None = None  # prepared
-
-  def __iter__(self) -> "Stream":
-    return self
-
-  def __next__(self) -> Any:
-    self.prepare()
-    ready, self._ready = self._ready, None
-    if isinstance(ready, Exception):
-      raise ready
-    value, self._state = ready
-    return value
-
-  def prepare(self) -> None:
-    """Places the next item ahead of its use; what goes wrong is raised by `next`."""
-    if self._ready is not None:
-      return
-    if self._reader is None:
-      self._reader = _Reader(self._produce, self._state, self._depth)
-      # The thread must not keep this object alive, nor outlive it.
-      weakref.finalize(self, self._reader.stop)
-    try:
-      value, state = self._reader.take()
-      self._ready = (self._place(value) if self._place else value, state)
-    except Exception as error:
-      self._ready = error
-
-  def get_state(self) -> dict:
-    """Where the next item begins; as if nothing had been read ahead."""
-    return json.loads(json.dumps(self._state))
-
-  def set_state(self, state: dict) -> None:
-    """Goes on behind what was consumed when `state` was taken."""
-    mine = self._state
-    different = {
-      k: (state["layout"].get(k), v)
-      for k, v in mine["layout"].items()
-      if state["layout"].get(k) != v
-    }
-    missing = sorted(set(mine["shards"]) - set(state["shards"]), key=int)
-    if different or missing:
-      raise DataError(
-        f"the data of the saved run differs (saved, now): {different}; shards without "
-        f"a state: {missing}. Continue with the same data section, or start a new run."
-      )
-    self.close()
-    shards = {s: state["shards"][s] for s in mine["shards"]}
-    self._state = {"layout": mine["layout"], "shards": shards}
-
-  def counts(self) -> dict[str, float]:
-    """Metrics of what was consumed: records read, set aside as bad, left out."""
-    names = ("data/records", "data/bad_records", "data/left_out")
-    shards = self._state["shards"].values()
-    return {k: float(sum(s["counts"][i] for s in shards)) for i, k in enumerate(names)}
-
-  def close(self) -> None:
-    """Ends the thread and forgets what is prepared; the next item starts another."""
-    self._ready = None
-    if self._reader:
-      self._reader.stop()
-      self._reader = None
-
-
-class _Reader:
-  """The thread that makes items ahead of their use."""
-
-  def __init__(self, produce, state: dict, depth: int):
-    self._queue: queue.Queue = queue.Queue(max(depth, 1))
-    self._stopped = threading.Event()
-    # Only queue and event: a reference to `self` would keep a forgotten stream alive.
-    run = functools.partial(_fill, produce, state, self._queue, self._stopped)
-    self._thread = threading.Thread(target=run, daemon=True, name="pixel_jax data")
-    self._thread.start()
-    self._error: Exception | None = None
-
-  def take(self) -> tuple[Any, dict]:
-    if self._error is None:
-      item = self._queue.get()
-      if not isinstance(item, Exception):
-        return item
-      self._error = item
-    raise self._error
-
-  def stop(self) -> None:
-    self._stopped.set()
-    if threading.current_thread() is not self._thread:
-      self._thread.join(timeout=10)
-
-
-def _fill(produce, state, items: queue.Queue, stopped: threading.Event) -> None:
-  def put(item) -> bool:
-    while not stopped.is_set():
-      try:
-        items.put(item, timeout=0.1)
-        return True
-      except queue.Full:
-        continue
-    return False
-
-  try:
-    for item in produce(state):
-      if not put(item):
-        return
-  except Exception as error:  # raised again where the item is taken
-    put(error)
+  return encode.example(*source.synthesis(codec, record, rng, load_media))

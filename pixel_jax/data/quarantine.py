@@ -19,7 +19,7 @@ class DataError(ValueError):
 
 
 class LeftOut(Exception):
-  """What the source's filter refuses: not bad, and not used."""
+  """A record that the filter of its source refuses; it is not used and not bad."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Bad:
 
 
 def attempt(index: int, work: Callable[[], Any]) -> Any:
-  """What `work` returns, or `Bad`: a decoder of a damaged file raises anything."""
+  """What `work` returns, or `Bad` for any exception; decoders raise all kinds."""
   try:
     return work()
   except LeftOut as why:

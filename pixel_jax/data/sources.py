@@ -2,8 +2,8 @@
 
 Not the order, not the shards (`pipeline.py`).  A source has `len`, `source[i]`, which
 is a `Task` or a `Trajectory`, `load_media`, a `filter` that the pipeline asks, the
-`codec` it was opened with, and `synthesis`: None, or how a task becomes a trace
-(keyword arguments of `synthesize.trajectory`).
+`codec` it was opened with, and `synthesis`: None, or how a question without a trace
+becomes one, a function like `synthesis.templates.Templates`.
 
   world:train          the tiny world: a quarter of the scenes are videos
   world:val/image      only the images;  world:7/train is another world, of seed 7
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pixel_jax.data import formats, media, records, synthesize, world
+from pixel_jax.data import formats, media, records, world
 from pixel_jax.data.records import BadRecord, SourceError
 from pixel_jax.pixels import video
 from pixel_jax.trajectory import Media, Task, Trajectory
@@ -33,7 +33,7 @@ from pixel_jax.trajectory import Media, Task, Trajectory
 
 @dataclasses.dataclass(frozen=True)
 class Filter:
-  """What is left out, and not as broken: too small or too large; 0 = no limit.
+  """Limits of size; a record outside of them is left out and does not count as bad.
 
   Tokens are those of the whole trace, or of a question's prompt; pixels those of every
   picture of the question (of a clip: of a frame), before it is resized.
@@ -74,11 +74,8 @@ def open_source(
   codec: Any = None,
   weights: Sequence[float] = (),
   filter: Mapping[str, int] | None = None,
-  kinds: Mapping[str, float] | None = None,
-  operation_share: float = 1.0,
-  jitter: float = 0.0,
-  edge_jitter: float = 0.0,
-  answer_weight: float = 1.0,
+  synthesis: Any = None,
+  layout: formats.Layout | None = None,
 ) -> "World | File | Mixture":
   """The source of a URI, or the mixture of several with commas between.
 
@@ -87,24 +84,16 @@ def open_source(
     codec: says how many frames of a video are read, and counts tokens for the filter.
     weights: of a mixture, a share each; () = every record once.
     filter: fields of `Filter`.
-    kinds: shares of the kinds of traces; None = tasks stay tasks.  The others are those
-      of `synthesize.trajectory`, too.
+    layout: reads the records of a file that have a layout of yours: `formats.read`.
+    synthesis: makes the trace of a question: (codec, task, rng, load_media) ->
+      (Trajectory, pixels), with a `video_share`; None = questions stay questions.
   """
-  synthesis = None
-  if kinds is not None:
-    synthesis = {
-      "kinds": synthesize.check_kinds(dict(kinds)),
-      "operation_share": operation_share,
-      "jitter": jitter,
-      "edge_jitter": edge_jitter,
-      "answer_weight": answer_weight,
-    }
   limits = Filter(**(filter or {}))
   if codec is None and (limits.min_tokens or limits.max_tokens):
     raise SourceError("data.filter counts tokens; open the source with a codec")
   frames = codec.video_frames if codec else 16
   library = media.Library(root, frames)
-  parts = [_open_one(u, library, synthesis) for u in split(uri)]
+  parts = [_open_one(u, library, synthesis, layout) for u in split(uri)]
   mixed = len(parts) != 1 or len(weights)
   source = Mixture(parts, library, weights) if mixed else parts[0]
   source.filter, source.codec = limits, codec
@@ -121,12 +110,12 @@ def is_world(uri: str) -> bool:
   return all(u.startswith("world:") for u in split(uri))
 
 
-def _open_one(uri: str, library, synthesis) -> "World | File":
+def _open_one(uri: str, library, synthesis, layout) -> "World | File":
   scheme, colon, rest = uri.partition(":")
   if scheme == "world":
     return World(rest, synthesis)
   if scheme in records.SCHEMES:
-    return File(uri, library, synthesis)
+    return File(uri, library, synthesis, layout)
   raise SourceError(
     f"data.uri={uri!r}: {f'{scheme!r} is no' if colon else 'it has no'} scheme; allowed "
     "are world:SPLIT, "
@@ -144,7 +133,7 @@ class World:
   filter: Filter = NO_FILTER
   codec: Any = None
 
-  def __init__(self, rest: str, synthesis: dict | None = None):
+  def __init__(self, rest: str, synthesis: Any = None):
     words = rest.split("/")
     self.seed = int(words.pop(0)) if words[0].isdigit() else 0
     self.split = words.pop(0) if words else ""
@@ -158,7 +147,7 @@ class World:
     if kind:
       self.share = float(kind == "video")
     elif synthesis:
-      self.share = synthesize.video_share(synthesis["kinds"])
+      self.share = synthesis.video_share
     else:
       self.share = world.video_share(self.split)
     videos = world.SPLITS[self.split] // world.VIDEO_EVERY
@@ -188,9 +177,11 @@ class File:
   filter: Filter = NO_FILTER
   codec: Any = None
 
-  def __init__(self, uri: str, library: media.Library, synthesis: dict | None = None):
+  def __init__(
+    self, uri: str, library: media.Library, synthesis: Any = None, layout: Any = None
+  ):
     self.records = records.open_records(uri, library.root)
-    self.synthesis = synthesis
+    self.synthesis, self._layout = synthesis, layout
     library.add(self.records)
     self._library, self.load_media = library, library.load
 
@@ -199,7 +190,7 @@ class File:
 
   def __getitem__(self, i: int) -> Task | Trajectory:
     name = self.records.name(i)
-    record = formats.read(self.records[i], name)
+    record = formats.read(self.records[i], name, self._layout)
     task = record.task if isinstance(record, Trajectory) else record
     for m in task.media:
       paths = m.path if isinstance(m.path, list) else [m.path]
@@ -211,7 +202,7 @@ class File:
 
 
 class Mixture:
-  """Several sources in one, evenly spread.
+  """Several sources in one; the records of each are spaced evenly over an epoch.
 
   With weights the one that is largest for its share is seen once in an epoch, and the
   others come round again meanwhile; so nothing is never seen.

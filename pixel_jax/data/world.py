@@ -6,8 +6,8 @@ are 3 pixels there: the policy has to zoom in.  A clip has eight frames (112x112
 panel each, one of them red; the view is 28x28 a frame, and one frame can be selected.
 The splits full_train, full_val and full_test are other scenes that hold deep clips, too:
 their frames (252x252) show the letter only to who selects one and then crops it.
-Sizes and shares: shared/reference/tiny_world.md, part 1.  Not here: traces
-(`synthesize.py`) and the order of examples (`pipeline.py`).
+Sizes and shares: tiny_world.md, part 1.  Not here: traces
+(`synthesis/templates.py`) and the order of examples (`pipeline.py`).
 
   Task("world:0/train/17")      image, answer "X"
     media      [Media("image", "world:0/train/17")]
@@ -96,7 +96,7 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-  """What is drawn: panels of one image, or one panel a frame."""
+  """The panels to draw: those of one image, or one for each frame of a clip."""
 
   kind: str
   difficulty: str

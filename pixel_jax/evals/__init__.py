@@ -1,1 +1,7 @@
-"""Evaluation: tasks in, records and figures out.  The engine comes in as an argument."""
+"""Evaluation: questions and a policy in, figures out.  The engine comes as an argument.
+
+protocol.py    how a policy is asked, and how its answer is judged
+report.py      rates with their 95 % intervals
+benchmark.py   what is known of questions beyond their answers; a file for each one:
+tiny_world.py  the world of `data/world.py`
+"""

@@ -5,7 +5,7 @@ is compiled to be counted: XLA misses kernels and counts the body of a loop once
 Counted are matmuls (2 a weight) and attention, which is 4 a query, key and channel; not
 counted are norms, rotary, softmax and the embedding, a gather.  The 7B by these
 formulas, N patches an image: 14.14 GF + 0.2007 MF * T a causal token with its head,
-1.294 GF + 20.5 kF * N a patch (performance.md 2.1).
+1.294 GF + 20.5 kF * N a patch (limits.md 2.1).
 """
 
 from collections.abc import Collection, Mapping
@@ -110,7 +110,7 @@ def train_step(
 
 
 def work(batch: Batch) -> dict[str, jax.Array]:
-  """What a batch asks for, in f32: sums over its rows, so parts of a step add up.
+  """The amounts of work in a batch, f32.  They are sums over rows, so parts add up.
 
   tokens, image_tokens, scored: tokens without padding, those that show a picture, those
     with a weight.

@@ -43,6 +43,7 @@ COMPANIONS = (
   "video_preprocessor_config.json",
   "processor_config.json",
   "generation_config.json",
+  "pixel_jax.json",  # ours: run/policies.py
 )
 
 

@@ -115,7 +115,7 @@ TABLE = (
 
 
 def rows(config: ModelConfig) -> tuple[Row, ...]:
-  """The rows of this model: a tied one has no head."""
+  """The rows of the table that this model has; with tied embeddings there is no head."""
   return tuple(r for r in TABLE if not (config.text.tied and r.path == "text/head/w"))
 
 

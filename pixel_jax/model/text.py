@@ -107,7 +107,7 @@ class Text(nnx.Module):
     Slots count from the end of a row's prompt, where it has one.
 
     The cache rides in the carry and is written before it is read, so XLA updates it in
-    place; as scan input and output it would exist twice (performance.md 6.2).
+    place; as scan input and output it would exist twice (limits.md 6.2).
     """
     R, T = x.shape[:2]
     S = cache.k.shape[3]

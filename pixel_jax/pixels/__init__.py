@@ -1,4 +1,4 @@
-"""Pictures on the host: numpy, PIL and (only while a clip is read) decord.
+"""Pictures on the host: numpy, PIL, and a reader of clips (decord or PyAV).
 
   image.py     load, smart_resize, resize, patchify, normalize
   video.py     a clip -> frames chosen by time

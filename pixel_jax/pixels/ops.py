@@ -44,7 +44,7 @@ def padding(profile: Profile) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class OpError:
-  """An operation that failed: a value, never an exception."""
+  """Why an operation failed.  It is a value; operations raise nothing."""
 
   kind: str  # stable slug, counted: bad_arguments, bad_target, too_small, ...
   text: str  # what the model reads
@@ -61,7 +61,7 @@ class Picture:
 
 @dataclasses.dataclass
 class Seen:
-  """All the model can look at, in order: of the question, then what calls returned."""
+  """The pictures of the question, then those that calls returned, in order."""
 
   pictures: list[Picture] = dataclasses.field(default_factory=list)
 

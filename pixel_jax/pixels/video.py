@@ -14,7 +14,7 @@ that `second_per_grid` = 2 * seconds_per_frame.
 
 decord reads the file; PyAV does where there is no decord (it has no wheel for ARM) and
 where decord refuses a clip (16 pixels wide, say).  Both choose the same frames at the
-same times, and their RGB is equal bit for bit.  decord's traps (reference/oracles.md
+same times, and their RGB is equal bit for bit.  decord's traps (oracles.md
 5.2): a reader shared by threads, or opened before a fork, crashes or hangs, so each call
 opens its own, with one thread; rotation metadata makes it return garbage, so the MP4
 rotation is taken out of the bytes first and applied here, for both.

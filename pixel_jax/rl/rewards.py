@@ -6,10 +6,10 @@
 (Pixel Reasoner, equation 3; alpha .5, beta .05, H .3, N 1.)  RaPR(x), the rate of
 pixel-space reasoning, is the share over ALL rollouts of the query, masked or not, that
 use an operation.  What it is not: it judges no answers (`answers.py`) and drops no
-rollouts (`grpo.advantages`).  Shapes are [Q G]: queries, rollouts of each.
+rollouts (`advantages.py`).  Shapes are [Q G]: queries, rollouts of each.
 
 Deviations: `variant="released"` follows the published code where it differs from the
-paper (reference/pixel_reasoner.md 3.4), but reads each rollout's own error flag; the
+paper (pixel_reasoner.md 3.4), but reads each rollout's own error flag; the
 published code reads those of the first group on the rank.
 """
 

@@ -49,7 +49,7 @@ TOKENS = 16_384  # of one prefill or extend call, where the caller does not say
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
-  """A rollout that is over, with its pictures: one `Pixels` per slot of the trajectory."""
+  """A rollout that has ended, with one `Pixels` for every slot of its trajectory."""
 
   trajectory: Trajectory
   pixels: list[Pixels]
@@ -413,7 +413,7 @@ class Engine:
 
 
 def prompt_rows_of(slots: int, group_size: int) -> int:
-  """Rows for prompts: three times the groups that fill the slots.
+  """How many prompts the cache holds: three times the groups that fill the slots.
 
   While a group waits for its longest sample the next ones begin; with these no slot of
   log-normal turns stays empty (docs/performance.md).

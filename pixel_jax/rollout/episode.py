@@ -120,7 +120,7 @@ class Episode:
     return True
 
   def refuse(self) -> None:
-    """The question itself does not fit: nothing is said."""
+    """Ends the episode before its first turn, because the question does not fit."""
     self._done("length")
 
   def _done(self, stop: str) -> str:

@@ -186,6 +186,6 @@ RATES = (
 
 
 def _lanes(part: dict[str, float]) -> float:
-  """Steps of all lanes: of occupancy x lanes tokens were sampled."""
+  """How many tokens all lanes could have sampled; `occupancy` of them were."""
   occupancy = part.get("rollout/occupancy", 0.0)
   return part["rollout/tokens"] / occupancy if occupancy else 0.0

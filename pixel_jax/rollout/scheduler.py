@@ -143,5 +143,5 @@ class Scheduler:
       self._rows.add(row)
 
   def tick(self) -> None:
-    """A chunk has ended (or would have: nothing was decoding)."""
+    """Counts a chunk as ended; it is called, too, when nothing was decoding."""
     self.chunk += 1

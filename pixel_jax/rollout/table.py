@@ -104,7 +104,7 @@ class Table:
       )  # fmt: skip
 
   def start(self, slots: Sequence[int]) -> None:
-    """The prompts of these conversations lie there: they decode their first turn."""
+    """Begins the first turn of these conversations, whose prompts are in the cache."""
     for slot in slots:
       self._before[self._row[slot]] = len(self.episodes[slot].ids) - 1
       self._go_on_from(slot)

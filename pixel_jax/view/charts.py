@@ -68,7 +68,7 @@ def thin(line: Line, most: int = MOST_POINTS) -> Line:
 
 
 def smooth(y: Sequence[float]) -> list[float]:
-  """Centred mean, Gaussian weights, its width a 40th of the curve: light, no lag."""
+  """Smooths a curve by a centred Gaussian mean, a 40th of the curve wide, without lag."""
   n = len(y)
   sigma = n / 40
   if sigma < 0.5:
@@ -110,7 +110,7 @@ def number(x: float) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Frame:
-  """Where data lie on the paper: the plot's rectangle and its two axes."""
+  """The rectangle of a plot and its two axes, which place data on the paper."""
 
   left: float
   top: float

@@ -1,0 +1,98 @@
+"""What a policy update minimises: the clipped loss, and how far two log-probs lie apart.
+
+Pure functions of arrays; they run no model: log-probs come in as f32[B T].
+
+The loss and its gradient are TRL's (`loss_type="dapo"`, epsilon .2, epsilon_high .28)
+to 1e-5 when the normalizer is the number of trained tokens: tests/golden/trl_grpo.npz.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num
+
+
+def loss(
+  logp: Float[Array, "B T"],
+  logp_old: Float[Array, "B T"],
+  advantage: Float[Array, "B T"],
+  weight: Float[Array, "B T"],
+  *,
+  clip: tuple[float, float] = (0.2, 0.28),
+  normalizer: Num[Array, ""] | float | int | None = None,
+  kl: float | int = 0.0,
+  logp_reference: Float[Array, "B T"] | None = None,
+  logp_sampler: Float[Array, "B T"] | None = None,
+  sampler_cap: float | int = 0.0,
+) -> tuple[Float[Array, ""], dict[str, Array]]:
+  """The clipped policy loss, summed over tokens and divided by `normalizer`.
+
+  Args:
+    logp: of the policy being trained; the only argument with a gradient.
+    logp_old: of the policy that sampled, by the trainer's own graph.
+    weight: of each token as a target; 0 where nothing was sampled.
+    clip: the ratio stays within [1 - clip[0], 1 + clip[1]].
+    normalizer: tokens of the whole update; None = those given here.  With
+      micro-batches pass the total, then losses, gradients and metrics add up.
+    kl: weight of the k3 estimate of KL(policy || reference); needs `logp_reference`.
+    sampler_cap: 0 = off; else each token is weighted by min(exp(logp_old -
+      logp_sampler), sampler_cap): truncated importance sampling.
+
+  Returns:
+    The loss, and metrics that are sums over tokens / normalizer, or end in _max.
+  """
+  if kl and logp_reference is None:
+    raise ValueError("loss.kl is on, but logp_reference is missing; pass the reference")
+  if sampler_cap and logp_sampler is None:
+    raise ValueError("loss.sampler_cap is on, but logp_sampler is missing; pass it")
+  low, high = clip
+  mine = weight > 0
+  tokens = jnp.maximum(weight.sum() if normalizer is None else normalizer, 1e-9)
+
+  def mean(x):
+    return jnp.where(mine, x * weight, 0.0).sum() / tokens
+
+  # Padding is cut off before exp: its log-probs mean nothing and may overflow.
+  gap = jnp.where(mine, logp - jax.lax.stop_gradient(logp_old), 0.0)
+  ratio = jnp.exp(gap)
+  clipped = jnp.clip(ratio, 1.0 - low, 1.0 + high)
+  per_token = -jnp.minimum(ratio * advantage, clipped * advantage)
+  metrics = {}
+  if sampler_cap:
+    drift = jnp.where(mine, logp_old - logp_sampler, 0.0)
+    trust = jax.lax.stop_gradient(jnp.minimum(jnp.exp(drift), sampler_cap))
+    per_token = per_token * trust
+    metrics["policy/sampler_weight"] = mean(trust)
+  if kl:
+    away = jnp.where(mine, logp_reference - logp, 0.0)
+    divergence = jnp.exp(away) - away - 1.0
+    per_token = per_token + kl * divergence
+    metrics["policy/kl_reference"] = mean(divergence)
+  bound = ((ratio < 1.0 - low) & (advantage < 0)) | (
+    (ratio > 1.0 + high) & (advantage > 0)
+  )
+  metrics |= {
+    "policy/clip_fraction": mean(bound.astype(jnp.float32)),
+    "policy/ratio": mean(ratio),
+    "policy/ratio_max": jnp.where(mine, ratio, 0.0).max(),
+    "policy/approx_kl": mean(ratio - 1.0 - gap),  # k3 of KL(old || new)
+  }
+  return mean(per_token), jax.tree.map(jax.lax.stop_gradient, metrics)
+
+
+def agreement(
+  logp: Float[Array, "B T"],
+  logp_sampler: Float[Array, "B T"],
+  weight: Float[Array, "B T"],
+  *,
+  normalizer: Num[Array, ""] | float | int | None = None,
+) -> dict[str, Array]:
+  """How far the trainer's log-probs lie from the sampler's, on the sampled tokens."""
+  mine = weight > 0
+  tokens = jnp.maximum(weight.sum() if normalizer is None else normalizer, 1e-9)
+  gap = jnp.where(mine, logp - logp_sampler, 0.0)
+  k3 = jnp.exp(gap) - 1.0 - gap  # of KL(sampler || trainer)
+  return {
+    "agreement/logp_diff_mean": (jnp.abs(gap) * weight).sum() / tokens,
+    "agreement/logp_diff_max": jnp.abs(gap).max(),
+    "agreement/kl": (k3 * weight).sum() / tokens,
+  }

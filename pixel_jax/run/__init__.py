@@ -1,0 +1,11 @@
+"""What keeps a run alive, from its first flag to its last checkpoint.
+
+start.py       how an entry point starts and ends
+settings.py    a mistake in the config is told in one line
+policies.py    what can talk: model, parameters, tokenizer, codec
+checkpoint.py  all that a resumed run needs, as one orbax step
+metrics.py     metrics.jsonl, TensorBoard, the progress bar
+optim.py       AdamW, schedules, what is frozen
+preemption.py  SIGTERM saves and leaves
+bucket.py      workdirs in gs://
+"""

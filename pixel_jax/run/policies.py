@@ -1,0 +1,246 @@
+"""The policy: what can talk.  Its config, parameters, tokenizer and codec belong together.
+
+It comes from a workdir, a converted checkpoint or a Hugging Face folder, or fresh from a
+preset.  The codec holds the prompt profile and the pixel budgets.
+"""
+
+import dataclasses
+import json
+import pathlib
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pixel_jax import parallel
+from pixel_jax.chat import encode, tokenizer
+from pixel_jax.data import world
+from pixel_jax.model import config as model_config
+from pixel_jax.model import hf, lora, qwen2_5_vl, table
+from pixel_jax.run import bucket, checkpoint
+from pixel_jax.run.settings import ConfigError, call, imported
+
+# The base of the tiny world that ships with the package; README.md says how it was made.
+TINY_BASE = pathlib.Path(__file__).resolve().parents[1] / "data" / "tiny_base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """What can talk.  `params` is a pure dict, sharded over the mesh it was opened on."""
+
+  config: model_config.ModelConfig
+  codec: encode.Codec
+  params: dict
+  source: str  # where the parameters came from
+  base: str | None = None  # the Hugging Face folder they were first imported from
+
+  @property
+  def extra(self) -> dict:
+    """Stored beside every checkpoint: what it takes to open it without a config."""
+    adapters = self.config.lora
+    return {
+      "model": model_config.to_hf(self.config),
+      "lora": dataclasses.asdict(adapters) if adapters else None,
+      "hf": self.base,
+    }
+
+
+def open_policy(
+  init: str,
+  *,
+  model: dict,
+  codec: dict | None,
+  mesh,
+  seed: int = 0,
+  workdir: pathlib.Path | None = None,
+  adapters: dict | None = None,
+) -> Policy:
+  """The policy of `init`, or a fresh one with the tiny tokenizer when `init` is empty.
+
+  `init` is what `find` understands: a workdir, a converted checkpoint, an HF folder.
+  `model`, `codec` and `adapters` (`config.lora`) are the config sections: name, dtype,
+  remat, ..., profile, budgets, ... and rank, alpha, targets.  The tokenizer is copied
+  into the workdir, so that every run can talk.
+
+  Args:
+    codec: None = that of `init` (`open_codec`).
+    workdir: None = nothing is written.
+    adapters: rank > 0 trains those of `init`, or new ones where it has none; rank 0
+      trains the whole model, those of `init` merged into it.  None = nothing is
+      trained: they are merged too, and the weights may be bfloat16.
+  """
+  model = dict(model)
+  name = model.pop("name", "")
+  asked, extra = None, {}
+  if adapters and adapters["rank"]:
+    asked = call("lora", lora.Config, **adapters)
+  if init:
+    root = find(init)
+    if not root.is_dir():
+      raise ConfigError(
+        f"config.init: {root} does not exist; give a workdir, a Hugging Face folder or "
+        "what `pixel-jax convert` wrote"
+      )
+    words = _load_tokenizer(_words_of(root))
+    if hf.is_checkpoint(root):
+      extra = {"model": hf.read_config(root), "hf": str(root)}
+    else:
+      extra = checkpoint.load_extra(root)
+    config = call("init", model_config.from_hf, extra["model"])
+  elif name == "tiny" and workdir:
+    if bucket.is_writer(workdir):
+      tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
+    parallel.barrier("tokenizer")
+    words = tokenizer.load(workdir / "tokenizer")
+    config = model_config.tiny(
+      words.vocab_size,
+      image_token=words.image_pad,
+      video_token=words.video_pad,
+      vision_start=words.vision_start,
+      vision_end=words.vision_end,
+      bos_token=words.endoftext,
+      eos_token=words.im_end,
+    )
+  else:
+    raise ConfigError(
+      f"config.init is empty, and the {name} model has no weights and no tokenizer of its "
+      "own; give the folder of a Hugging Face checkpoint, or a workdir: --config.init=DIR"
+    )
+  if workdir and bucket.is_writer(workdir) and not (workdir / "tokenizer").exists():
+    # With what lies beside it: an export wants the processor's files too.
+    if hf.is_checkpoint(root):
+      hf.copy_companions(root, workdir / "tokenizer")
+    else:
+      bucket.fetch(root / "tokenizer", workdir / "tokenizer")
+  config = call("model", dataclasses.replace, config, **model, lora=asked)
+  call("lora", table.adapted, config)  # a target that matches nothing is told now
+  if init:
+    found = extra.get("lora") and lora.Config(**extra["lora"])
+    whole = adapters is not None and asked is None
+    params = load(root, config, found, mesh=mesh, seed=seed, whole=whole)
+  else:
+    params = qwen2_5_vl.init(config, jax.random.key(seed), layout(config, mesh))
+  if codec is None:
+    codec = read_codec(root)
+  talk = make_codec(words, codec, config.vision)
+  return Policy(config, talk, params, init or "fresh", extra.get("hf"))
+
+
+def make_codec(
+  words: tokenizer.Tokenizer,
+  section: Mapping[str, Any],
+  vision: model_config.VisionConfig | None = None,
+) -> encode.Codec:
+  """A tokenizer, `config.codec` and how a model cuts pictures; None = as Qwen's."""
+  v = vision or model_config.VisionConfig()
+  names = ("window", "patch", "temporal", "merge", "tokens_per_second")
+  cut = {name: getattr(v, name) for name in names}
+  named = section.get("operations", ())
+  own = tuple(imported("codec.operations", path) for path in named)
+  section = {**section, "operations": own}
+  return call("codec", encode.Codec, tokenizer=words, **cut, **section)
+
+
+def open_codec(
+  root: str | pathlib.Path, section: Mapping[str, Any] | None = None
+) -> encode.Codec:
+  """That of a workdir, a converted checkpoint or a Hugging Face folder.
+
+  Args:
+    section: a `config.codec`; None = that which lies there, else the released budgets.
+  """
+  root = pathlib.Path(find(root))
+  words, vision = tokenizer.load(_words_of(root)), None
+  if section is None:
+    section = read_codec(root)
+  if hf.is_checkpoint(root):
+    vision = model_config.from_hf(hf.read_config(root)).vision
+  elif (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
+    vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
+  return make_codec(words, section, vision)
+
+
+# Beside the tokenizer of an exported model: the codec it was trained with.
+OURS = "pixel_jax.json"
+
+
+def read_codec(root: bucket.Folder) -> dict[str, Any]:
+  """The `config.codec` that a folder was trained with; {} where it does not say."""
+  for file in (root / OURS, root / "tokenizer" / OURS, root / "config.json"):
+    if file.is_file():
+      section = json.loads(file.read_text(encoding="utf-8")).get("codec", {})
+      if section:
+        budgets = {k: tuple(v) for k, v in section.get("budgets", {}).items()}
+        return section | ({"budgets": budgets} if budgets else {})
+  return {}
+
+
+def find(init: str | pathlib.Path) -> bucket.Folder:
+  """The folder that `config.init` names; "tiny_base" is the one in the package."""
+  return TINY_BASE if init == "tiny_base" else bucket.behind(init)
+
+
+def _words_of(root: bucket.Folder) -> bucket.Folder:
+  """Where the tokenizer of a policy lies."""
+  return root if hf.is_checkpoint(root) else root / "tokenizer"
+
+
+def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:
+  if isinstance(folder, pathlib.Path):
+    return tokenizer.load(folder)
+  with tempfile.TemporaryDirectory() as local:  # transformers reads local files
+    bucket.fetch(folder, pathlib.Path(local) / "tokenizer")
+    return tokenizer.load(pathlib.Path(local) / "tokenizer")
+
+
+def load(
+  root: bucket.Folder,
+  config: model_config.ModelConfig,
+  found: lora.Config | None,
+  *,
+  mesh,
+  seed: int,
+  whole: bool,
+) -> dict:
+  """The parameters at `root` as those of `config`: adapters kept, merged or added.
+
+  Args:
+    found: the adapters that are stored there.
+    whole: every weight is to be trained, so all must be f32; else bfloat16 ones stay so.
+      Those of a Hugging Face folder become f32.
+  """
+  stored = dataclasses.replace(config, lora=found)
+  if found and config.lora:
+    same = table.adapted(stored) == table.adapted(config)
+    if not same or (found.rank, found.alpha) != (config.lora.rank, config.lora.alpha):
+      raise ConfigError(
+        f"config.lora: {root} has adapters of rank={found.rank}, alpha={found.alpha}, "
+        f"targets={found.targets}; go on with the same, or merge them first: "
+        "pixel-jax convert export, then import"
+      )
+  if hf.is_checkpoint(root):
+    half = not whole and hf.read_config(root).get("torch_dtype") == "bfloat16"
+    dtype = "bfloat16" if half else "float32"
+    there = layout(stored, mesh)
+    params = call("init", hf.import_checkpoint, root, stored, there, dtype)
+  else:
+    want = table.unnest(qwen2_5_vl.abstract(stored))
+    if not whole:
+      have = table.unnest(checkpoint.stored(root))
+      for path in want.keys() & have.keys():
+        if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path):
+          want[path] = want[path].update(dtype=jnp.bfloat16)
+    params = checkpoint.load_params(root, table.nest(want), layout(stored, mesh))[0]
+  if found and not config.lora:
+    return qwen2_5_vl.merge(stored, params)
+  if config.lora and not found:
+    return qwen2_5_vl.adapt(config, params, jax.random.key(seed), layout(config, mesh))
+  return params
+
+
+def layout(config: model_config.ModelConfig, mesh) -> dict:
+  """The sharding of every parameter, in a tree like that of the parameters."""
+  abstract = qwen2_5_vl.abstract(config)
+  return parallel.shardings(mesh, hf.logical_axes(config), abstract)

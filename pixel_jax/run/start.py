@@ -1,0 +1,171 @@
+"""How every entry point starts and ends: flags, workdir, policy, one line for a mistake."""
+
+import json
+import os
+import pathlib
+import sys
+import traceback
+
+import jax
+from absl import app, flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from pixel_jax import parallel
+from pixel_jax.chat import tokenizer
+from pixel_jax.data import pipeline, sources
+from pixel_jax.run import bucket, checkpoint, metrics, optim, policies, settings
+from pixel_jax.run.policies import Policy
+from pixel_jax.run.settings import ConfigError
+
+CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
+
+
+WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
+
+
+# What may change when a run goes on: nothing that a step depends on.
+FREE = ("total_steps", "save_every", "eval_every", "keep_trajectories_every")
+
+
+def run(main, needs_workdir: bool = True) -> None:
+  """Runs `main(config, workdir)`; a wrong flag is one line on stderr and exit code 2.
+
+  Without `needs_workdir` it is `main(config)`.
+  """
+
+  def parse(argv):
+    if {"-h", "--help"} & set(argv):
+      print(sys.modules[main.__module__].__doc__)
+      sys.exit()
+    try:
+      argv = flags.FLAGS(settings.with_config_path(argv))
+      if CONFIG.value is None or (needs_workdir and not WORKDIR.value):
+        both = "both are" if needs_workdir else "it is"
+        raise ConfigError(
+          f"{both} needed: --config=NAME:SIZE"
+          + " --workdir=DIR" * needs_workdir
+          + "; pixel-jax configs lists them"
+        )
+      CONFIG.value.to_dict()  # a file that did not load says so when it is used
+      return argv
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as e:
+      stop(settings.named(e, sys.argv))
+
+  def start(argv):
+    if len(argv) > 1:
+      stop(
+        ConfigError(
+          f"unexpected arguments {argv[1:]}; overrides are --config.KEY=VALUE"
+        )
+      )
+    logging.set_verbosity(logging.WARNING)
+    try:
+      if needs_workdir:
+        workdir = bucket.mount(WORKDIR.value)
+        try:
+          main(CONFIG.value, workdir)
+        finally:
+          bucket.sync(workdir)
+      else:
+        main(CONFIG.value)
+    except (
+      ConfigError,
+      bucket.BucketError,
+      checkpoint.CheckpointError,
+      pipeline.DataError,
+      sources.SourceError,
+      tokenizer.TokenizerError,
+    ) as error:
+      stop(error)
+    except BaseException:
+      if not jax.distributed.is_initialized():
+        raise
+      # The usual end would wait for the others, which wait for this process.
+      traceback.print_exc()
+      _leave(1)
+
+  app.run(start, flags_parser=parse)
+
+
+def stop(error: Exception) -> None:
+  lines = str(settings.innermost(error)).strip().splitlines()
+  if any("Traceback" in line for line in lines):  # of a config file that refused
+    lines = [lines[-1].partition("Error: ")[2] or lines[-1]]
+  print("error:", " ".join(lines), file=sys.stderr)
+  if jax.distributed.is_initialized():
+    _leave(2)
+  sys.exit(2)
+
+
+def _leave(code: int) -> None:
+  """Ends this process at once; the others miss its heartbeat and stop, too."""
+  sys.stdout.flush()
+  sys.stderr.flush()
+  os._exit(code)
+
+
+def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
+  """Makes the workdir and writes config.json; caches compiled programs beside it."""
+  parallel.initialize()
+  workdir.mkdir(parents=True, exist_ok=True)
+  file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
+  lasting = bucket.behind(workdir)
+  if (lasting / "checkpoints").is_dir() and file.exists():
+    old, new = json.loads(file.read_text()), json.loads(text)
+    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+    differ = [k for k in differ if k not in FREE]
+    if differ:
+      raise ConfigError(
+        f"{lasting} was begun with another config ({', '.join(differ)}); continue with "
+        "the same, or give a new --workdir"
+      )
+  parallel.barrier("config")  # nobody reads what is being written
+  if bucket.is_writer(workdir):
+    file.write_text(text + "\n")
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", lasting.parent / "compiled")
+  jax.config.update("jax_compilation_cache_dir", str(cache))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+  metrics.count_compiles()  # from here on
+
+
+def open_run(
+  config: ConfigDict, workdir: pathlib.Path
+) -> tuple[jax.sharding.Mesh, Policy]:
+  """What a training run begins with: its workdir, its mesh and the policy to train."""
+  open_workdir(workdir, config)
+  mesh = settings.call("mesh", parallel.make_mesh, **config.mesh)
+  policy = policies.open_policy(
+    config.init,
+    model=config.model,
+    codec=config.codec,
+    mesh=mesh,
+    seed=config.seed,
+    workdir=workdir,
+    adapters=config.lora,
+  )
+  return mesh, policy
+
+
+def describe(config: ConfigDict, policy: Policy, mesh) -> None:
+  """What a run logs before step 0."""
+  sizes = [x.size for x in jax.tree.leaves(policy.params)]
+  trained = jax.tree.leaves(optim.split(policy.params, settings.frozen(config))[0])
+  device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+  if jax.process_count() > 1:
+    device += f" of {jax.process_count()} processes"
+  fields = json.dumps(json.loads(config.to_json_best_effort()))
+  metrics.say(f"device   {device}, mesh {dict(mesh.shape)}")
+  metrics.say(
+    f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}, "
+    f"{sum(x.size for x in trained):,} of them trained"
+  )
+  metrics.say(f"config   {fields}")
+
+
+def end(config: ConfigDict, step: int, saver, writer, notice, written: str) -> None:
+  """Closes what a run has open, and says where what it wrote lies."""
+  saver.close()
+  writer.close()
+  notice.close()
+  metrics.say(metrics.ended(step, config.total_steps))
+  metrics.say(f"in {saver.directory.parent}: {written}")

@@ -1,0 +1,1 @@
+"""Benchmarks: each part of ours beside what a user would pick instead."""
