@@ -65,6 +65,7 @@ def get_config(arg="tiny"):
   )
   c.loss = dict(  # rl.objectives.loss
     clip=(0.2, 0.28),
+    dual_clip=0.0,  # 3.0: bounds what a token of a negative advantage can cost
     sampler_cap=0.0,  # 2.0: truncated importance weight of the sampler's log-probs
   )
   c.replay = dict(alpha=1.0, keep_steps=0, refill=True)
@@ -77,6 +78,7 @@ def get_config(arg="tiny"):
     b2=0.95,
     weight_decay=0.0,
     clip_norm=1.0,
+    max_nonfinite=5,  # updates in a row that are not finite and left out; then it ends
     moment_dtype="float32",  # of Adam's first moment
     freeze=(),
   )

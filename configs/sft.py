@@ -82,6 +82,7 @@ def get_config(arg="tiny"):
     b2=0.999,
     weight_decay=0.0,
     clip_norm=1.0,
+    max_nonfinite=5,  # updates in a row that are not finite and left out; then it ends
     moment_dtype="float32",  # of Adam's first moment
     freeze=("^vision/",),  # tower and merger, as in the paper
   )

@@ -97,7 +97,7 @@ class Model:
     played = player.run(
       self.policy.params, [task], seed=seed, step=0, group_size=1,
       load_media=load_media, max_turns=max_turns, max_new_tokens=max_new_tokens,
-      temperature=temperature or 1.0, greedy=temperature == 0,
+      temperature=temperature,
     )[0][0].trajectory  # fmt: skip
     text = played.turns[-1]["text"]
     returned = view.replay(played, codec, load_media).returned

@@ -62,10 +62,11 @@ def main(config, workdir):
     for s in parallel.own_rows(np.arange(shards)).tolist()
   }
   updates = config.total_steps * config.rl.minibatches
+  tuned, most = settings.of_optim(config, updates)
   tx, schedule, state = settings.call(
-    "optim", optim.begin, policy.params, mesh,
-    **{**config.optim, "freeze": settings.frozen(config), "total_steps": updates},
-  )  # fmt: skip
+    "optim", optim.begin, policy.params, mesh, **tuned
+  )
+  guard = settings.call("optim", optim.Guard, most)
   start.describe(config, policy, mesh)
 
   # ---- Resume ------------------------------------------------------------------------
@@ -110,6 +111,7 @@ def main(config, workdir):
       done = update(
         config, policy.config, steps, state, chosen, mesh=mesh,
         tokens=n["tokens"], replayed=replayed, stop=notice.agreed,
+        noticed=functools.partial(guard.check, step + 1),
       )  # fmt: skip
     if done is None:
       break
@@ -140,6 +142,12 @@ def check(config, mesh):
   """What the first step would refuse is told before anything compiles."""
   settings.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   settings.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
+  if not config.rollout.temperature > 0:
+    raise settings.ConfigError(
+      f"config.rollout.temperature={config.rollout.temperature}: RL learns from samples, "
+      "so it must be above 0; evaluate takes 0, too"
+    )
+  settings.call("loss", objectives.check, **config.loss)
   none = np.zeros((1, 2), np.int32)
   settings.call("reward", rewards.shaped, none * 1.0, none, none, **config.reward)
   if config.replay.keep_steps:
@@ -201,12 +209,13 @@ def programs(config, model, tx, schedule, state):
   @functools.partial(
     jax.jit, donate_argnums=0, out_shardings=(layout, None), compiler_options=options
   )
-  def apply(state, grads):
+  def apply(state, grads, loss):
     trained, frozen = optim.split(state["params"], freeze)
-    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
-    m = {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    trained, opt, m = optim.apply(tx, grads, trained, state["opt"], loss)
+    m |= {"optim/lr": schedule(state["step"])}
     params = optim.merge(trained, frozen)
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, m
+    step = state["step"] + (m["optim/nonfinite"] == 0)
+    return {"params": params, "opt": opt, "step": step}, m
 
   @functools.partial(jax.jit, compiler_options=options)
   def old_logp(params, batch):
@@ -215,7 +224,9 @@ def programs(config, model, tx, schedule, state):
   return zeros, accumulate, apply, old_logp
 
 
-def update(config, model, steps, state, chosen, *, mesh, tokens, replayed, stop):
+def update(
+  config, model, steps, state, chosen, *, mesh, tokens, replayed, stop, noticed
+):
   """The updates of a step, `config.rl.minibatches` at most.
 
   Args:
@@ -224,6 +235,7 @@ def update(config, model, steps, state, chosen, *, mesh, tokens, replayed, stop)
     chosen: examples of each logical shard of this host; they may be drawn again.
     tokens: sampled tokens of all rollouts that were kept, of all hosts.
     replayed: how many examples were drawn again, on all hosts.
+    noticed: is told whether an update was finite, and of which examples (`optim.Guard`).
     stop: whether the run is to end, the same on all hosts.  It is asked until the first
       update is applied; from then on the step is finished, so that nothing is undone.
 
@@ -236,13 +248,14 @@ def update(config, model, steps, state, chosen, *, mesh, tokens, replayed, stop)
   learned = optim.list_paths(optim.split(state["params"], settings.frozen(config))[0])
   parts = split(chosen, config.rl.minibatches)
   plan = [(to_batches(config, mesh, part), count_tokens(part)) for part in parts]
+  names = [[e.name for e in part] for part in parts]
   if not alone:  # log-probs of the policy that sampled, before it moves
     sampler = state["params"]
     plan = [
       ([b.replace(logp_old=parallel.settle(old_logp(sampler, b))) for b in batches], n)
       for batches, n in plan
     ]
-  for batches, own in plan:
+  for (batches, own), of in zip(plan, names):
     # Rollouts without an advantage have no gradient, but they count as tokens.
     normalizer = max(tokens, 1.0) if alone else own
     total, told = zeros(), []
@@ -252,8 +265,10 @@ def update(config, model, steps, state, chosen, *, mesh, tokens, replayed, stop)
       jax.block_until_ready(told[-2:][0])  # else all are sent before the first is done
       if not updates and stop():
         return None
-    state, m = apply(state, total)
-    (sums, work), m = zip(*jax.device_get(told)), jax.device_get(m)
+    sums, work = zip(*jax.device_get(told))
+    state, m = apply(state, total, np.float32(sum(s["loss"] for s in sums)))
+    m = jax.device_get(m)
+    noticed(m["optim/nonfinite"], of)
     work = {k: float(sum(w[k] for w in work)) for k in work[0]}
     cost.update(flops.of_work(model, work, learned).parts())
     updates.append(combine(sums, own, normalizer) | {k: float(v) for k, v in m.items()})

@@ -43,7 +43,8 @@ def main(config, workdir):
   layout = settings.imported("data.layout", config.data.layout)
 
   def on_devices(rows):
-    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows)
+    names = rows.pop("names")
+    return parallel.to_devices(mesh, bank.fill(rows) if bank else rows), names
 
   def open_batches(seed, **changed):
     return settings.call(
@@ -58,10 +59,11 @@ def main(config, workdir):
     open_batches, config.seed + 1, uri=config.eval.uri, weights=()
   )
   held().close()  # a mistake in it is told now
+  tuned, most = settings.of_optim(config, config.total_steps)
   tx, schedule, state = settings.call(
-    "optim", optim.begin, policy.params, mesh,
-    **{**config.optim, "freeze": freeze, "total_steps": config.total_steps},
-  )  # fmt: skip
+    "optim", optim.begin, policy.params, mesh, **tuned
+  )
+  guard = settings.call("optim", optim.Guard, most)
   start.describe(config, policy, mesh)
 
   # ---- Resume ------------------------------------------------------------------------
@@ -76,7 +78,7 @@ def main(config, workdir):
   step = first
   while step < config.total_steps and not notice.agreed():
     with writer.timer("data"):
-      batch = next(train)
+      batch, names = next(train)
       parallel.barrier("rows")
     step += 1
     with writer.timer("update"):
@@ -86,6 +88,7 @@ def main(config, workdir):
         train.prepare()
     with writer.timer("update"):
       m, work = jax.tree.map(float, jax.device_get(told))
+    guard.check(step, m["optim/nonfinite"], names)
     m |= parallel.total(train.counts())
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
@@ -123,7 +126,7 @@ def held_out(loss, params, stream, count):
   """The mean loss of the first `count` batches of a stream, which is closed."""
   losses = []
   for _ in range(count):
-    rows = next(stream)
+    rows, _ = next(stream)
     parallel.barrier("held rows")
     losses.append(parallel.settle(loss(params, rows)))
   stream.close()  # its thread reads ahead until then
@@ -163,13 +166,14 @@ def programs(config, model, tx, schedule, state):
       return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, tokens)
 
     grads, (m, work) = optim.accumulate(gradient, batch, config.micro_batches)
-    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
-    m |= {"optim/grad_norm": norm, "optim/lr": schedule(state["step"])}
+    trained, opt, told = optim.apply(tx, grads, trained, state["opt"], m["loss"])
+    m |= told | {"optim/lr": schedule(state["step"])}
     m["data/utilisation"] = (batch.segment > 0).mean()
     if batch.features is None:
       m["data/patch_utilisation"] = (batch.patch_image > 0).mean()
     params = optim.merge(trained, frozen)
-    return {"params": params, "opt": opt, "step": state["step"] + 1}, m, work
+    step = state["step"] + (m["optim/nonfinite"] == 0)
+    return {"params": params, "opt": opt, "step": step}, m, work
 
   @jax.jit
   def heldout(params, batch):

@@ -441,6 +441,24 @@ def test_force_and_script(world, plain):
       run(plain, params, tasks, script=lambda task, sample, bad=bad: bad)
 
 
+def test_a_question_that_comes_again_is_played_anew(world, plain):
+  _, _, params = world
+  twice = flat(run(plain, params, [task(0), task(1), task(0)], max_new_tokens=20))
+  alone = flat(run(plain, params, [task(0)], max_new_tokens=20))
+  ids = [f.trajectory.ids for f in twice]
+  assert ids[:2] == [f.trajectory.ids for f in alone] and ids[4:] != ids[:2]
+  likely = [
+    [
+      f.trajectory.ids
+      for f in flat(run(plain, params, [task(0)], max_new_tokens=9, **k))
+    ]
+    for k in ({"temperature": 0.0}, {"greedy": True}, {"temperature": 0.0, "seed": 1})
+  ]
+  assert likely[0] == likely[1] == likely[2]
+  with pytest.raises(ValueError, match="temperature"):
+    run(plain, params, [task(0)], temperature=-1.0)
+
+
 def test_compiles_once_per_shape(world, scripted):
   _, _, params = world
   tasks = [question_of(f"q{i}") for i in range(3)]

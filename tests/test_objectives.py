@@ -148,3 +148,46 @@ def test_agreement():
   assert m["agreement/kl"] > 0
   same = objectives.agreement(logp, logp, weight)
   assert all(v == 0 for v in same.values())
+
+
+@pytest.mark.parametrize("far", [100.0, -100.0, 1e4])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("options", [{}, {"sampler_cap": 2.0}, {"kl": 0.1}])
+def test_a_log_ratio_far_off_has_a_finite_gradient(far, sign, options):
+  logp, old, advantage, weight = rows()
+  advantage, weight = jnp.abs(advantage) * sign, jnp.ones_like(weight)
+  logp = logp.at[0, 0].set(old[0, 0] + far)
+  if "sampler_cap" in options:
+    options = options | {"logp_sampler": old - far}
+  if "kl" in options:
+    options = options | {"logp_reference": old + far}
+
+  def f(x):
+    return objectives.loss(x, old, advantage, weight, **options)[0]
+
+  value, grad = jax.value_and_grad(f)(logp)
+  assert jnp.isfinite(value) and jnp.isfinite(grad).all()
+
+
+def test_dual_clip_bounds_what_a_bad_token_costs():
+  logp = jnp.array([[np.log(10.0), np.log(10.0), 0.0]], jnp.float32)
+  advantage, weight = jnp.array([[-1.0, 1.0, -1.0]]), jnp.ones((1, 3))
+
+  def cost(dual_clip):
+    value, _ = objectives.loss(
+      logp, jnp.zeros((1, 3)), advantage, weight, dual_clip=dual_clip
+    )
+    return float(value) * 3
+
+  assert cost(0.0) == pytest.approx(10.0 - 1.28 + 1.0)
+  assert cost(3.0) == pytest.approx(3.0 - 1.28 + 1.0)
+
+
+@pytest.mark.parametrize(
+  "wrong",
+  [{"clip": (0.2,)}, {"clip": (-0.1, 0.2)}, {"sampler_cap": -1.0}, {"kl": -1.0},
+   {"dual_clip": 0.5}, {"dual_clip": -3.0}],
+)  # fmt: skip
+def test_settings_that_turn_learning_around_are_refused(wrong):
+  with pytest.raises(ValueError, match=next(iter(wrong))):
+    objectives.loss(*rows(), **wrong)

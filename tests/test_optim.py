@@ -52,6 +52,37 @@ def test_two_steps_equal_adamw_by_hand():
     np.testing.assert_allclose(x["text"]["q"][leaf], want, rtol=2e-5, err_msg=leaf)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_what_is_not_finite_changes_nothing(bad, where):
+  p = params()
+  tx, _ = make(p, clip_norm=1.0, weight_decay=0.1)
+  apply = jax.jit(lambda g, x, s, loss: optim.apply(tx, g, x, s, loss))
+  x, state, told = apply(params(1), p, optim.init(tx, p), 0.5)
+  assert told["optim/nonfinite"] == 0
+  grads, loss = params(2), np.float32(bad if where == "loss" else 0.5)
+  if where == "gradient":
+    grads["text"]["q"]["b"] = grads["text"]["q"]["b"].at[2].set(bad)
+  after, same, told = apply(grads, x, state, loss)
+  assert told["optim/nonfinite"] == 1
+  for a, b in zip(jax.tree.leaves((after, same)), jax.tree.leaves((x, state))):
+    np.testing.assert_array_equal(a, b)
+  # The next one goes on as if it had not been.
+  for a, b in zip(apply(params(3), after, same, 0.5), apply(params(3), x, state, 0.5)):
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_the_guard_ends_a_run_after_so_many_in_a_row(caplog):
+  guard = optim.Guard(3)
+  for step, bad in enumerate([1, 1, 0, 1, 1], 1):
+    guard.check(step, bad, ["q7", "q9"])
+  assert "step 2" in caplog.text and "q7, q9" in caplog.text
+  with pytest.raises(optim.NonFiniteError, match=r"step 6.*q1.*max_nonfinite=3"):
+    guard.check(6, 1.0, ["q1"])
+  with pytest.raises(ValueError, match="max_nonfinite"):
+    optim.Guard(0)
+
+
 def test_norms_and_biases_do_not_decay():
   p = params()
   tx, _ = make(p, weight_decay=0.5)

@@ -51,6 +51,13 @@ def test_released_prompts_are_byte_exact():
 
 
 @pytest.mark.parametrize("profile", tools.PROFILES)
+def test_either_end_of_a_turn_ends_a_call(profile):
+  for end in ("<|im_end|>", "<|endoftext|>"):
+    call = tools.parse_call(CALL + end, profile)
+    assert call is not None and call.error is None
+
+
+@pytest.mark.parametrize("profile", tools.PROFILES)
 def test_without_tools_no_tool_is_told(profile):
   assert tools.system_prompt(profile, tools=False) == "You are a helpful assistant."
   assert tools.user_suffix(profile, tools=False) == (

@@ -119,6 +119,7 @@ class Example:
   logp: np.ndarray  # f32[n]    at sampling; 0 elsewhere
   vision: list[tuple[int, geometry.Pixels]]  # (first placeholder, picture)
   advantage: float = 0.0
+  name: str = ""  # the id of its question
 
 
 class Conversation:
@@ -176,7 +177,7 @@ class Conversation:
     t.logp += logp
     t.weight += weight
     self._advance(len(ids))
-    text = self.last_text().removesuffix(template.END)
+    text = template.without_end(self.last_text())
     if t.turns[-1]["role"] == "assistant":
       t.turns.pop()
     t.turns.append({"role": "assistant", "text": text})
@@ -390,6 +391,7 @@ def example(trajectory: Trajectory, pixels: Iterable[geometry.Pixels]) -> Exampl
     logp=np.asarray(t.logp, np.float32),
     vision=[(s.start, p) for s, p in zip(t.slots, pixels, strict=True)],
     advantage=t.advantage,
+    name=t.task.id,
   )
 
 

@@ -17,6 +17,7 @@ from pixel_jax.chat.tokenizer import Part
 
 SYSTEM = "You are a helpful assistant."
 END = "<|im_end|>"
+ENDS = (END, "<|endoftext|>")  # of a turn, as the model may sample it
 GENERATION = "<|im_start|>assistant\n"
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
@@ -66,3 +67,10 @@ def prompt(messages: Sequence[Message], *, generation: bool = True) -> list[Part
 
 def render(parts: Iterable[Part]) -> str:
   return "".join(text for text, _ in parts)
+
+
+def without_end(text: str) -> str:
+  """A turn without the token that ended it."""
+  for end in ENDS:
+    text = text.removesuffix(end)
+  return text

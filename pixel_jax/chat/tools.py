@@ -203,7 +203,7 @@ def parse_call(
     known: the names of the operations that there are.
   """
   check_profile(profile)
-  text = text.replace(template.END, "")
+  text = template.without_end(text).replace(template.END, "")
   if profile == "clean":
     text = text.rstrip()
   if not text.endswith(CLOSE):

@@ -83,6 +83,8 @@ def batches(
 ) -> Stream:
   """Endless dicts of the fields of `Batch`: this host's block of `rows` packed rows.
 
+  Beside them "names" lists the questions of its examples.
+
   Args:
     source: of traces, or of tasks with `synthesis`.
     rows: of the global batch; a multiple of `shards`.
@@ -127,6 +129,7 @@ def batches(
         [r for r, _ in taken], tokens, patches, len(taken), apart=apart
       )
       after = [taken[(i + 1) * each - 1][1] for i in range(len(mine))]
+      batch["names"] = np.array([e.name for r, _ in taken for e in r])
       yield batch, {**state, "shards": {str(s): a for s, a in zip(mine, after)}}
 
   layout = {

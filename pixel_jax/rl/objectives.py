@@ -6,9 +6,32 @@ The loss and its gradient are TRL's (`loss_type="dapo"`, epsilon .2, epsilon_hig
 to 1e-5 when the normalizer is the number of trained tokens: tests/golden/trl_grpo.npz.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
+
+
+def bounded(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  """Log-ratios within 20, as verl bounds them: exp of more than 88 is infinite in f32,
+  and its gradient a NaN even where the token is clipped."""
+  return jnp.clip(log_ratio, -20.0, 20.0)
+
+
+def check(
+  clip: Sequence[float],
+  sampler_cap: float | int = 0.0,
+  kl: float | int = 0.0,
+  dual_clip: float | int = 0.0,
+) -> None:
+  """Raises ValueError for settings of `loss` that would turn learning around."""
+  wrong = dual_clip < 0 or 0 < dual_clip <= 1
+  if wrong or len(clip) != 2 or min(*clip, sampler_cap, kl) < 0:
+    raise ValueError(
+      f"{clip=}, {sampler_cap=}, {kl=}, {dual_clip=}; clip is a pair, none is negative, "
+      "and dual_clip is 0 or above 1"
+    )
 
 
 def loss(
@@ -17,8 +40,9 @@ def loss(
   advantage: Float[Array, "B T"],
   weight: Float[Array, "B T"],
   *,
-  clip: tuple[float, float] = (0.2, 0.28),
+  clip: Sequence[float] = (0.2, 0.28),
   normalizer: Num[Array, ""] | float | int | None = None,
+  dual_clip: float | int = 0.0,
   kl: float | int = 0.0,
   logp_reference: Float[Array, "B T"] | None = None,
   logp_sampler: Float[Array, "B T"] | None = None,
@@ -33,6 +57,8 @@ def loss(
     clip: the ratio stays within [1 - clip[0], 1 + clip[1]].
     normalizer: tokens of the whole update; None = those given here.  With
       micro-batches pass the total, then losses, gradients and metrics add up.
+    dual_clip: 0 = off; else tokens of a negative advantage lose at most dual_clip times
+      that advantage, however large their ratio (Ye et al. 2020; 3 is usual).
     kl: weight of the k3 estimate of KL(policy || reference); needs `logp_reference`.
     sampler_cap: 0 = off; else each token is weighted by min(exp(logp_old -
       logp_sampler), sampler_cap): truncated importance sampling.
@@ -40,6 +66,7 @@ def loss(
   Returns:
     The loss, and metrics that are sums over tokens / normalizer, or end in _max.
   """
+  check(clip, sampler_cap, kl, dual_clip)
   if kl and logp_reference is None:
     raise ValueError("loss.kl is on, but logp_reference is missing; pass the reference")
   if sampler_cap and logp_sampler is None:
@@ -52,18 +79,21 @@ def loss(
     return jnp.where(mine, x * weight, 0.0).sum() / tokens
 
   # Padding is cut off before exp: its log-probs mean nothing and may overflow.
-  gap = jnp.where(mine, logp - jax.lax.stop_gradient(logp_old), 0.0)
+  gap = bounded(jnp.where(mine, logp - jax.lax.stop_gradient(logp_old), 0.0))
   ratio = jnp.exp(gap)
   clipped = jnp.clip(ratio, 1.0 - low, 1.0 + high)
   per_token = -jnp.minimum(ratio * advantage, clipped * advantage)
+  if dual_clip:
+    most = -dual_clip * advantage
+    per_token = jnp.where(advantage < 0, jnp.minimum(per_token, most), per_token)
   metrics = {}
   if sampler_cap:
-    drift = jnp.where(mine, logp_old - logp_sampler, 0.0)
+    drift = bounded(jnp.where(mine, logp_old - logp_sampler, 0.0))
     trust = jax.lax.stop_gradient(jnp.minimum(jnp.exp(drift), sampler_cap))
     per_token = per_token * trust
     metrics["policy/sampler_weight"] = mean(trust)
   if kl:
-    away = jnp.where(mine, logp_reference - logp, 0.0)
+    away = bounded(jnp.where(mine, logp_reference - logp, 0.0))
     divergence = jnp.exp(away) - away - 1.0
     per_token = per_token + kl * divergence
     metrics["policy/kl_reference"] = mean(divergence)
@@ -89,7 +119,7 @@ def agreement(
   """How far the trainer's log-probs lie from the sampler's, on the sampled tokens."""
   mine = weight > 0
   tokens = jnp.maximum(weight.sum() if normalizer is None else normalizer, 1e-9)
-  gap = jnp.where(mine, logp - logp_sampler, 0.0)
+  gap = bounded(jnp.where(mine, logp - logp_sampler, 0.0))
   k3 = jnp.exp(gap) - 1.0 - gap  # of KL(sampler || trainer)
   return {
     "agreement/logp_diff_mean": (jnp.abs(gap) * weight).sum() / tokens,

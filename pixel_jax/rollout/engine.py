@@ -187,7 +187,9 @@ class Engine:
     the last of them.  ValueError when `group_size` is larger than the engine's.
 
     Args:
-      seed, step: with the task's id and the sample's index the key of its sampling.
+      seed, step: with the task's id and the sample's index the key of its sampling.  A
+        task that comes again in one shard gets keys of its own.
+      temperature: 0 takes the likeliest token, as `greedy` does.
       max_turns: assistant turns; a call in the last one is not run (stop "turns").
       max_new_tokens: of one turn; a turn that does not end within them stops "length".
       force: for evaluation.  "answer": no token that begins a call is ever drawn;
@@ -210,7 +212,11 @@ class Engine:
       raise ValueError(
         f"{group_size=}: this engine was made for groups of at most {self.group_size}."
       )
-    sampling = decode.Sampling(temperature, top_p, top_k, greedy)
+    if temperature < 0:
+      raise ValueError(f"{temperature=}: 0 takes the likeliest token, above 0 samples.")
+    greedy = greedy or temperature == 0
+    sampling = decode.Sampling(temperature or 1.0, top_p, top_k, greedy)
+    names = _distinct(tasks)
     limits = dict(
       max_patches=self.patches,
       max_turns=max_turns,
@@ -250,7 +256,7 @@ class Engine:
               prompts[s.group] = ahead.take(s.group)
             last = s.sample == group_size - 1
             prompt = prompts.pop(s.group) if last else prompts[s.group]
-            key = _key(seed, step, tasks[s.group].id, s.sample)
+            key = _key(seed, step, names[s.group], s.sample)
             turns = self._turns(script, tasks[s.group], s.sample)
             room = self._room(prompt)
             episode = Episode(
@@ -424,6 +430,17 @@ def prompt_rows_of(slots: int, group_size: int) -> int:
 def call_rows_of(slots: int, length: int) -> int:
   """Rows of a prefill or extend call of this many tokens each, about `TOKENS` in all."""
   return max(1, min(TOKENS // length, slots // 8))
+
+
+def _distinct(tasks: Sequence[Task]) -> list[str]:
+  """The ids of tasks, each further one of the same id and shard with its number."""
+  seen: collections.Counter = collections.Counter()
+  names = []
+  for task in tasks:
+    again = seen[task.shard, task.id]
+    seen[task.shard, task.id] += 1
+    names.append(f"{task.id}#{again}" if again else task.id)
+  return names
 
 
 def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
@@ -81,6 +82,12 @@ class Checkpoints:
     items = {k: ocp.args.StandardSave(v) for k, v in _parts(state).items()} | {
       HOST: ocp.args.JsonSave({"host": host, "extra": self._extra})
     }
+    if bad := nonfinite(state):
+      raise self._failure(
+        ValueError(
+          f"{len(bad)} arrays hold numbers that are not finite, first {bad[0]}"
+        )
+      )
     try:
       bucket.sync(self._workdir)
       need = _local_bytes(state) + SPARE
@@ -139,6 +146,19 @@ class Checkpoints:
       f"checkpoint in {self.directory} not written: {error}; {kept}. Free some "
       "space or mend the cause, then run the same command again."
     )
+
+
+def nonfinite(state: dict) -> list[str]:
+  """Paths of the arrays that hold a number that is not finite; the same on all hosts."""
+  flat = jax.tree_util.tree_flatten_with_path(state)[0]
+  floats = [(k, x) for k, x in flat if jnp.issubdtype(x.dtype, jnp.floating)]
+  fine = jax.device_get(_all_finite([x for _, x in floats]))
+  return [jax.tree_util.keystr(k) for (k, _), ok in zip(floats, fine) if not ok]
+
+
+@jax.jit
+def _all_finite(arrays: list[jax.Array]) -> list[jax.Array]:
+  return [jnp.isfinite(x).all() for x in arrays]
 
 
 def _parts(state: dict) -> dict[str, dict]:

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from absl import logging
 from jax.sharding import NamedSharding, PartitionSpec
 
 Schedule = Callable[[Any], jax.Array]
@@ -144,11 +145,63 @@ def state_shardings(tx: optax.GradientTransformation, params: dict) -> Any:
 
 
 def apply(
-  tx: optax.GradientTransformation, grads: dict, params: dict, state: Any
-) -> tuple[dict, Any, jax.Array]:
-  """One step -> params, optimizer state, global norm of `grads` before clipping."""
-  updates, state = tx.update(grads, state, params)
-  return optax.apply_updates(params, updates), state, optax.global_norm(grads)
+  tx: optax.GradientTransformation,
+  grads: dict,
+  params: dict,
+  state: Any,
+  loss: jax.Array | float = 0.0,
+) -> tuple[dict, Any, dict[str, jax.Array]]:
+  """One step -> params, optimizer state, metrics.
+
+  Where `loss` or a gradient is not finite, params and state stay as they were.  An update
+  of finite gradients and moments is finite, so the norm is all that has to be looked at.
+
+  Returns metrics: optim/grad_norm, the global norm before clipping, and optim/nonfinite,
+  1 where nothing was changed.
+  """
+  norm = optax.global_norm(grads)
+  fine = jnp.isfinite(norm) & jnp.isfinite(loss)
+  updates, new = tx.update(grads, state, params)
+
+  def keep(changed, unchanged):
+    return jax.tree.map(lambda a, b: jnp.where(fine, a, b), changed, unchanged)
+
+  told = {"optim/grad_norm": norm, "optim/nonfinite": 1.0 - fine}
+  return keep(optax.apply_updates(params, updates), params), keep(new, state), told
+
+
+class NonFiniteError(RuntimeError):
+  """Several updates in a row whose loss or gradient was not finite."""
+
+
+class Guard:
+  """Counts the updates in a row that were left out because they were not finite.
+
+  Args:
+    most: of them in a row; one more ends the run.
+  """
+
+  def __init__(self, most: int):
+    if most < 1:
+      raise ValueError(f"max_nonfinite={most}; expected 1 or more updates in a row")
+    self._most, self._row = most, 0
+
+  def check(self, step: int, nonfinite: float, names: Sequence[str]) -> None:
+    """Names the examples of an update that was left out; NonFiniteError after `most`."""
+    self._row = self._row + 1 if nonfinite else 0
+    if not nonfinite:
+      return
+    shown = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
+    told = (
+      f"step {step}: loss or gradient is not finite, nothing was changed; of {shown}"
+    )
+    if self._row < self._most:
+      logging.warning("%s", told)
+      return
+    raise NonFiniteError(
+      f"{told}.  That is optim.max_nonfinite={self._most} updates in a row, so the run "
+      "ends; its last checkpoint is sound.  Look at these examples, or lower optim.lr"
+    )
 
 
 def accumulate(function: Callable[[Any], Any], rows: Any, parts: int) -> Any:

@@ -63,6 +63,12 @@ def frozen(config: ConfigDict) -> tuple[str, ...]:
   return (r"(?<!/lora_[ab])$",) if config.lora.rank else tuple(config.optim.freeze)
 
 
+def of_optim(config: ConfigDict, updates: int) -> tuple[dict[str, Any], int]:
+  """The settings of `optim.make` for a run of so many updates, and `max_nonfinite`."""
+  tuned = {**config.optim, "freeze": frozen(config), "total_steps": updates}
+  return tuned, tuned.pop("max_nonfinite")
+
+
 def with_config_path(argv: list[str]) -> list[str]:
   """`--config=rl:7b` and `--config=configs/rl.py:7b` name the installed file where there
   is none in the current folder; any config may import `configs.common`."""
@@ -98,6 +104,8 @@ def with_config_path(argv: list[str]) -> list[str]:
 
 def named(error: Exception, argv: list[str]) -> Exception:
   """A mistake in an override told with its full path, and the nearest that exists."""
+  if isinstance(error, ConfigError):
+    return error
   words = [w.removeprefix("--").partition("=") for w in argv]
   files = [w for w in with_config_path(argv) if w.startswith("--config=")]
   overrides = [(k, v) for k, _, v in words if k.startswith("config.")]

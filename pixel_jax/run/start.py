@@ -72,6 +72,7 @@ def run(main, needs_workdir: bool = True) -> None:
       ConfigError,
       bucket.BucketError,
       checkpoint.CheckpointError,
+      optim.NonFiniteError,
       pipeline.DataError,
       sources.SourceError,
       tokenizer.TokenizerError,

@@ -146,8 +146,8 @@ def train(
 
   def apply_(state, grads):
     trained, frozen = optim.split(state["params"], freeze)
-    trained, opt, norm = optim.apply(tx, grads, trained, state["opt"])
-    return {"params": optim.merge(trained, frozen), "opt": opt}, norm
+    trained, opt, told = optim.apply(tx, grads, trained, state["opt"])
+    return {"params": optim.merge(trained, frozen), "opt": opt}, told["optim/grad_norm"]
 
   # As in train_sft.py: the whole step is one program.
   @functools.partial(jax.jit, donate_argnums=0, out_shardings=(layout, None, None))

@@ -94,8 +94,8 @@ def open_run(config: Any, devices: list[jax.Device]) -> Run:
   params = place(table.nest(params), policies.layout(model, mesh))
   freeze = settings.frozen(config)
   steps = config.total_steps * (config.rl.minibatches if "rl" in config else 1)
-  fields = {**config.optim, "freeze": freeze, "total_steps": steps}
-  tx, schedule = settings.call("optim", optim.make, params, **fields)
+  tuned, _ = settings.of_optim(config, steps)
+  tx, schedule = settings.call("optim", optim.make, params, **tuned)
   trained = optim.split(params, freeze)[0]
   opt = place(jax.eval_shape(tx.init, trained), optim.state_shardings(tx, trained))
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
@@ -232,4 +232,6 @@ def rl(run: Run, num_rows: int) -> Iterator[Program]:
     opt,
   )
   cost = compile_cost.apply(run.mesh.size, sizes(run.trained))
-  yield Program("apply", "train", lambda: apply.lower(run.state, run.trained), cost)
+  yield Program(
+    "apply", "train", lambda: apply.lower(run.state, run.trained, tokens), cost
+  )
