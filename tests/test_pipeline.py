@@ -436,7 +436,9 @@ def test_settings_that_do_not_fit(source, codec, changes, says):
 
 def test_more_shards_than_records(codec, tmp_path):
   write_tasks(tmp_path, [task_line("q", "a.png")])
-  with pytest.raises(pipeline.DataError, match="data.shards=4, and the source has 1 records"):
+  with pytest.raises(
+    pipeline.DataError, match="data.shards=4, and the source has 1 records"
+  ):
     open_batches(sources.open_source("jsonl:x.jsonl", root=tmp_path), codec)
 
 
