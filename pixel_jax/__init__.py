@@ -5,7 +5,7 @@ reading: `trajectory.py`, `batch.py`, `model/qwen2_5_vl.py`, `train_sft.py`,
 `rollout/episode.py`, `rollout/engine.py`, `rl/objectives.py`, `train_rl.py`.
 
   model = pixel_jax.load("CKPT")
-  print(model.ask("Which letter is on the red panel?", "photo.jpg").text)
+  print(model.ask("Which symbol is on the red panel?", "photo.jpg").text)
 """
 
 __version__ = "0.2.0"

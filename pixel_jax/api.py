@@ -2,7 +2,7 @@
 
   import pixel_jax
   model = pixel_jax.load("CKPT")
-  answer = model.ask("Which letter is on the red panel?", "photo.jpg")
+  answer = model.ask("Which symbol is on the red panel?", "photo.jpg")
   print(answer.text)
 
 Not here: how turns are sampled (`rollout/engine.py`), what is said around pictures

@@ -22,7 +22,7 @@ BUDGETS = {
   "crop": (2400, 4700),
   "frame": (12544, 12544),
 }
-QUESTION = "Which letter is on the red panel?"
+QUESTION = "Which symbol is on the red panel?"
 CROP = tools.call_text(
   "crop_image_normalized", {"bbox_2d": [0.1, 0.2, 0.6, 0.7], "target_image": 1}
 )

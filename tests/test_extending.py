@@ -52,7 +52,7 @@ def test_all_examples_in_one_run(folder):
   )
   assert len(lines) == len(fields) == 3
   layouts.picture(0).save(folder / "0.png")
-  row = {"q": "Which letter is on the red panel?", "a": "O", "img": "0.png"}
+  row = {"q": "Which symbol is on the red panel?", "a": "O", "img": "0.png"}
   bad = {"q": "And here?", "a": "O"}
   text = "\n".join(map(json.dumps, [row] * 7 + [bad]))
   (folder / "mine.jsonl").write_text(text)
