@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -68,7 +69,14 @@ def installed(tmp_path_factory):
   dependencies of this one, but neither the editable install nor the repository."""
   folder = tmp_path_factory.mktemp("wheel")
   pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-  run(*pip, "wheel", ROOT, "--no-deps", "--wheel-dir", folder, cwd=folder)
+  source = folder / "source"  # a build leaves its modules beside the sources
+  for name in ("pixel_jax", "configs", "tools"):
+    shutil.copytree(
+      ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__")
+    )
+  for name in ("pyproject.toml", "README.md"):
+    shutil.copy(ROOT / name, source)
+  run(*pip, "wheel", source, "--no-deps", "--wheel-dir", folder, cwd=folder)
   (wheel,) = folder.glob("*.whl")
   run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
   python = folder / "venv" / "bin" / "python"

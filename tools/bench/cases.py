@@ -43,7 +43,7 @@ class Bench:
   config: ModelConfig
   codec: encode.Codec
   params: Any
-  model: Any  # of bench_peers.load, or None
+  model: Any  # of peers.load, or None
   with_ours: bool = True
 
   def own(self, make: Callable, *args, **kwargs) -> Callable | None:
@@ -53,12 +53,12 @@ class Bench:
     return make(self.config, self.params, *args, **kwargs)
 
   def theirs(self, name: str, *args, **kwargs) -> Any:
-    """Of the other side: bench_peers.<name>(model, ...)."""
+    """Of the other side: peers.<name>(model, ...)."""
     if self.model is None:
       return None
-    import bench_peers  # here: it imports torch
+    from pixel_jax.tools.bench import peers  # here: it imports torch
 
-    return getattr(bench_peers, name)(self.model, *args, **kwargs)
+    return getattr(peers, name)(self.model, *args, **kwargs)
 
 
 class Unequal(AssertionError):

@@ -105,9 +105,9 @@ def open_bench(size, folder, *, with_ours=True, with_peer=True) -> cases.Bench:
   params = jax.device_put(qwen2_5_vl.init(config, jax.random.key(0)), jax.devices()[0])
   model = None
   if with_peer:
-    import bench_peers
+    from pixel_jax.tools.bench import peers
 
-    model = bench_peers.load(config, params)
+    model = peers.load(config, params)
   return cases.Bench(size, config, codec, params, model, with_ours)
 
 
@@ -198,9 +198,9 @@ def measure_limits(with_peer: bool) -> dict:
   multiply = jax.jit(lambda a: a @ a)
   runs = {"jax": lambda: multiply(x).block_until_ready()}
   if with_peer:
-    import bench_peers
+    from pixel_jax.tools.bench import peers
 
-    runs["torch"] = bench_peers.ceiling(n)
+    runs["torch"] = peers.ceiling(n)
   best = dict.fromkeys(runs, float("inf"))
   for _ in range(20):
     for name, run in runs.items():
