@@ -107,7 +107,9 @@ def evaluate(
   params = rollouts.sync(policy.params)
   modes = {}
   folder = workdir / "trajectories"
-  for mode in tqdm(config.modes, desc=name, leave=False, disable=None):
+  count = len(config.modes) * len(questions.tasks)
+  bar = tqdm(desc=name, total=count, unit="answer", leave=False, disable=None)
+  for mode in config.modes:
     if host["host"] == 0:  # of another number of hosts, maybe
       for earlier in folder.glob(f"{name}_{mode}.*jsonl"):
         earlier.unlink()
@@ -119,12 +121,14 @@ def evaluate(
       seed=config.seed,
       load_media=questions.load_media,
       other_scene=benchmark.other_scene,
+      progress=bar.update,
       **config.rollout,
     )
     modes[mode] = report.summarize(of_hosts(played), benchmark.covers, right)
     if mode != "swapped":  # its pictures could not be redrawn
       file = trajectory.host_file(f"{name}_{mode}", **host)
       trajectory.write_jsonl(folder / file, played)
+  bar.close()
   return modes
 
 

@@ -10,8 +10,8 @@
 A step: the policy answers `prompts_per_step` questions `group_size` times each, looking
 closer where it likes; the answers are judged; the curiosity reward is added; groups
 become advantages; one or several clipped updates follow.  Running the same command on
-the same workdir continues where it stopped, bit for bit.  SIGTERM saves the last whole step
-and leaves: a step is given up before its first update and finished after it.
+the same workdir continues where it stopped, bit for bit.  SIGTERM or Ctrl-C saves the last
+whole step and leaves: a step is given up before its first update and finished after it.
 """
 
 import collections
@@ -142,6 +142,11 @@ def check(config, mesh):
   """What the first step would refuse is told before anything compiles."""
   settings.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   settings.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
+  if wrong := [x for x in config.rl.masked_stops if x not in encode.STOPS]:
+    raise settings.ConfigError(
+      f"config.rl.masked_stops={tuple(config.rl.masked_stops)}: {wrong[0]!r} is no reason "
+      f"to stop; there are {', '.join(encode.STOPS)}"
+    )
   if not config.rollout.temperature > 0:
     raise settings.ConfigError(
       f"config.rollout.temperature={config.rollout.temperature}: RL learns from samples, "

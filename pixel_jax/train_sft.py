@@ -9,7 +9,7 @@
 --config.init: the policy to begin with, a workdir or what `pixel-jax convert` wrote.
 
 Running the same command on the same workdir continues where it stopped, bit for bit.
-SIGTERM saves after the step and leaves.
+SIGTERM or Ctrl-C saves after the step and leaves.
 """
 
 import functools

@@ -181,6 +181,7 @@ def test_unequal_work_is_an_error():
       check([1.0, 2.0], theirs)
 
 
+@pytest.mark.slow
 def test_a_rollout_that_strays_from_the_script_is_an_error(tmp_path):
   size = data.SIZES["tiny"]
   b = bench.open_bench(size, tmp_path, with_peer=False)

@@ -85,3 +85,10 @@ def test_a_world_without_files_and_a_uri_that_opens_nothing(capsys):
       run(capsys, *arguments)
     assert stopped.value.code == 2
     assert "error:" in capsys.readouterr().err
+
+
+def test_data_without_a_good_record_is_a_failure(tmp_path):
+  (tmp_path / "x.jsonl").write_text('{"what": 1}\n{"what": 2}\n')
+  assert inspect_data.main(["jsonl:x.jsonl", f"--root={tmp_path}"]) == 1
+  uri = layouts.text_only(tmp_path, 4)
+  assert inspect_data.main([uri, f"--root={tmp_path}"]) == 0

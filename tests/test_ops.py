@@ -365,7 +365,7 @@ SEEN = [
 ]
 
 
-@hypothesis.settings(max_examples=1500, deadline=None)
+@hypothesis.settings(max_examples=600, deadline=None)
 @hypothesis.given(
   ARGUMENTS, st.sampled_from(SEEN), st.sampled_from(["clean", "released"]),
   st.sampled_from(["original", "view"]),

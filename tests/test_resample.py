@@ -9,7 +9,6 @@ import numpy as np
 import PIL
 import pytest
 import questions
-from marks import rest_slow
 from PIL import Image
 from questions import ANSWER, crop, load_media, replay, select, task
 
@@ -64,7 +63,8 @@ def equal(result, picture, boxes, sizes):
     assert not pixels[h:].any() and not pixels[:, 3 * w :].any()
 
 
-@pytest.mark.parametrize("thousands", rest_slow([1, 10]))
+@pytest.mark.slow
+@pytest.mark.parametrize("thousands", [1, 10])
 def test_boxes_equal_pil(thousands):
   assert PIL.__version__.startswith("13.0")  # the pinned one, whose order we follow
   rng = np.random.default_rng(0)

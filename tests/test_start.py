@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 import numpy as np
 import pytest
 from marks import rest_slow
@@ -16,7 +17,7 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.configs import common
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, qwen2_5_vl, table
-from pixel_jax.run import checkpoint, policies, settings
+from pixel_jax.run import checkpoint, lock, policies, settings, start
 from pixel_jax.tools import convert
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -117,7 +118,8 @@ def test_new_adapters_on_a_checkpoint_without(tmp_path, mesh, dtype):
     assert got[path].any() == path.endswith("/lora_a"), path
 
 
-@pytest.mark.parametrize("dtype", rest_slow(["bfloat16", "float32"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_stored_adapters_are_kept(tmp_path, mesh, dtype):
   want = saved(tmp_path, CONFIG, dtype)
   got = load(tmp_path, CONFIG, CONFIG.lora, mesh)
@@ -155,3 +157,23 @@ def test_a_half_precision_base_can_be_looked_at_but_not_trained(tmp_path, mesh):
   check_equal(load(tmp_path, BARE, None, mesh), want, want)
   with pytest.raises(checkpoint.CheckpointError, match=r"bfloat16.*expected float32"):
     load(tmp_path, BARE, None, mesh, whole=True)
+
+
+def test_another_config_is_told_field_by_field(tmp_path):
+  """Nothing blocks a workdir in which nothing was trained."""
+
+  def begin(**fields):
+    section = ml_collections.ConfigDict({"lr": 0.1, "b1": 0.9} | fields)
+    start.open_workdir(tmp_path, ml_collections.ConfigDict({"optim": section, "n": 1}))
+
+  begin()
+  (tmp_path / "checkpoints" / "1.partial").mkdir(parents=True)
+  begin(lr=0.2)  # a start that failed before its first step
+  (tmp_path / "checkpoints" / "1" / checkpoint.PARAMS).mkdir(parents=True)
+  begin(lr=0.2)
+  with pytest.raises(settings.ConfigError) as told:
+    begin(lr=0.3, b2=0.5)
+  assert "config.optim.lr was 0.2 and is 0.3" in str(told.value)
+  assert "config.optim.b2 was None and is 0.5" in str(told.value)
+  assert "b1" not in str(told.value)
+  lock.release()

@@ -18,6 +18,7 @@ import dataclasses
 import math
 import pathlib
 import re
+import sys
 import tempfile
 from collections.abc import Sequence
 
@@ -231,7 +232,8 @@ section.trajectory {{ border-top: 1px solid var(--rule); padding: 16px 0 }}</sty
   return len(chosen)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+  """Prints, and returns 1 where no record can be used."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -264,7 +266,8 @@ def main(argv: Sequence[str] | None = None) -> None:
       n = write_page(args.out, args.uri, lines, source, found, codec, args.thumbnails)
       size = args.out.stat().st_size / 1e6
       print(f"\npage: {args.out.resolve()} ({n} records, {size:.1f} MB)")
+  return 0 if found.seen else 1
 
 
 if __name__ == "__main__":
-  main()
+  sys.exit(main())

@@ -272,7 +272,7 @@ def ended(done: int, total: int) -> str:
   """The last line but one of a run that ends, or leaves, after step `done`."""
   if done < total:
     return (
-      f"stopped by SIGTERM: step {done} of {total} is saved, the same command goes on"
+      f"stopped by a signal: step {done} of {total} is saved, the same command goes on"
     )
   return f"done: {done} steps, {compiled()}"
 

@@ -136,6 +136,18 @@ def paths(config: ConfigDict, before: str = "") -> dict[str, Any]:
   return found
 
 
+def differences(old: Mapping, new: Mapping, before: str = "") -> dict[str, str]:
+  """Fields whose values differ, by path, each as "config.optim.lr was 0.1 and is 0.2"."""
+  found = {}
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      found |= differences(a, b, f"{before}{key}.")
+    elif a != b:
+      found[before + key] = f"config.{before}{key} was {a!r} and is {b!r}"
+  return found
+
+
 def unknown(path: str, known: Mapping[str, Any]) -> str:
   """What to say of a field that does not exist: the nearest one, or those beside it."""
   section, _, name = path.rpartition(".")

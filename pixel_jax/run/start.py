@@ -13,7 +13,7 @@ from ml_collections import ConfigDict, config_flags
 from pixel_jax import parallel
 from pixel_jax.chat import tokenizer
 from pixel_jax.data import pipeline, sources
-from pixel_jax.run import bucket, checkpoint, metrics, optim, policies, settings
+from pixel_jax.run import bucket, checkpoint, lock, metrics, optim, policies, settings
 from pixel_jax.run.policies import Policy
 from pixel_jax.run.settings import ConfigError
 
@@ -66,11 +66,13 @@ def run(main, needs_workdir: bool = True) -> None:
           main(CONFIG.value, workdir)
         finally:
           bucket.sync(workdir)
+          lock.release()
       else:
         main(CONFIG.value)
     except (
       ConfigError,
       bucket.BucketError,
+      lock.HeldError,
       checkpoint.CheckpointError,
       optim.NonFiniteError,
       pipeline.DataError,
@@ -100,6 +102,7 @@ def stop(error: Exception) -> None:
 
 def _leave(code: int) -> None:
   """Ends this process at once; the others miss its heartbeat and stop, too."""
+  lock.release()
   sys.stdout.flush()
   sys.stderr.flush()
   os._exit(code)
@@ -111,13 +114,15 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
   lasting = bucket.behind(workdir)
-  if (lasting / "checkpoints").is_dir() and file.exists():
-    old, new = json.loads(file.read_text()), json.loads(text)
-    differ = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
-    differ = [k for k in differ if k not in FREE]
+  if jax.process_index() == 0:
+    lasting.mkdir(parents=True, exist_ok=True)
+    lock.take(lasting)
+  if checkpoint.complete_steps(lasting / "checkpoints") and file.exists():
+    differ = settings.differences(json.loads(file.read_text()), json.loads(text))
+    differ = [told for path, told in differ.items() if path not in FREE]
     if differ:
       raise ConfigError(
-        f"{lasting} was begun with another config ({', '.join(differ)}); continue with "
+        f"{lasting} was begun with another config: {'; '.join(differ)}. Continue with "
         "the same, or give a new --workdir"
       )
   parallel.barrier("config")  # nobody reads what is being written
