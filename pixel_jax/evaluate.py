@@ -94,8 +94,7 @@ def evaluate(
   host = dict(host=jax.process_index(), hosts=jax.process_count())
   questions = settings.call(
     "data", pipeline.open_fixed, codec=policy.codec, workdir=workdir, shards=mesh.size,
-    **host,
-    **{**config.data, "layout": settings.imported("data.layout", config.data.layout)},
+    **host, **settings.of_data(config),
   )  # fmt: skip
   make = functools.partial(
     settings.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine

@@ -37,18 +37,16 @@ def main(config, workdir):
   notice = preemption.Notice()
   check(config, mesh)
   right = settings.imported("judge", config.judge) or protocol.judge
-  layout = settings.imported("data.layout", config.data.layout)
+  data = settings.of_data(config)
   shards = config.data.shards
   host = dict(host=jax.process_index(), hosts=jax.process_count())
   questions = settings.call(
     "data", pipeline.open_tasks, codec=policy.codec, seed=config.seed,
-    batch=config.rl.prompts_per_step, workdir=workdir, **host,
-    **{**config.data, "layout": layout},
+    batch=config.rl.prompts_per_step, workdir=workdir, **host, **data,
   )  # fmt: skip
   held = settings.call(
-    "eval", pipeline.open_fixed, codec=policy.codec, root=config.data.root,
-    filter=config.data.filter, layout=layout, shards=shards, workdir=workdir, **host,
-    **config.eval,
+    "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir, **host,
+    **{k: data[k] for k in ("root", "filter", "layout", "shards")}, **config.eval,
   )  # fmt: skip
   make = functools.partial(
     settings.call, "engine", engine.Engine, policy.config.merged, policy.codec,
@@ -67,6 +65,7 @@ def main(config, workdir):
     "optim", optim.begin, policy.params, mesh, **tuned
   )
   guard = settings.call("optim", optim.Guard, most)
+  learned = optim.list_paths(optim.split(policy.params, tuned["freeze"])[0])
   start.describe(config, policy, mesh)
 
   # ---- Resume ------------------------------------------------------------------------
@@ -109,14 +108,14 @@ def main(config, workdir):
       m["rollout/too_long"] = n["long"]
     with writer.timer("update"):
       done = update(
-        config, policy.config, steps, state, chosen, mesh=mesh,
+        config, policy.config, steps, state, chosen, learned=learned,
         tokens=n["tokens"], replayed=replayed, stop=notice.agreed,
         noticed=functools.partial(guard.check, step + 1),
       )  # fmt: skip
     if done is None:
       break
-    state, learned, cost = done
-    step, reached, m = step + 1, progress(), m | learned
+    state, told, cost = done
+    step, reached, m = step + 1, progress(), m | told
     if settings.due(step, config.eval_every, config.total_steps):
       with writer.timer("eval"):
         m |= held_out(
@@ -230,7 +229,7 @@ def programs(config, model, tx, schedule, state):
 
 
 def update(
-  config, model, steps, state, chosen, *, mesh, tokens, replayed, stop, noticed
+  config, model, steps, state, chosen, *, learned, tokens, replayed, stop, noticed
 ):
   """The updates of a step, `config.rl.minibatches` at most.
 
@@ -238,6 +237,7 @@ def update(
     model: the ModelConfig.
     steps: of `programs`.
     chosen: examples of each logical shard of this host; they may be drawn again.
+    learned: paths of the parameters that are trained.
     tokens: sampled tokens of all rollouts that were kept, of all hosts.
     replayed: how many examples were drawn again, on all hosts.
     noticed: is told whether an update was finite, and of which examples (`optim.Guard`).
@@ -250,7 +250,7 @@ def update(
   zeros, accumulate, apply, old_logp = steps
   alone = config.rl.minibatches == 1 and not replayed
   updates, cost = [], collections.Counter()
-  learned = optim.list_paths(optim.split(state["params"], settings.frozen(config))[0])
+  mesh = state["step"].sharding.mesh
   parts = split(chosen, config.rl.minibatches)
   plan = [(to_batches(config, mesh, part), count_tokens(part)) for part in parts]
   names = [[e.name for e in part] for part in parts]

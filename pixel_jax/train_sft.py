@@ -40,7 +40,7 @@ def main(config, workdir):
   if "synthesis" in config:
     synthesis = settings.call("synthesis", templates.Templates, **config.synthesis)
 
-  layout = settings.imported("data.layout", config.data.layout)
+  data = settings.of_data(config)
 
   def on_devices(rows):
     names = rows.pop("names")
@@ -51,7 +51,7 @@ def main(config, workdir):
       "data", pipeline.open_batches, codec=policy.codec, synthesis=synthesis,
       seed=seed, workdir=workdir, host=jax.process_index(), hosts=jax.process_count(),
       apart=bank is not None, place=on_devices,
-      **{**config.data, "layout": layout, **changed},
+      **{**data, **changed},
     )  # fmt: skip
 
   train = open_batches(config.seed)

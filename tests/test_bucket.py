@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from pixel_jax import parallel
 from pixel_jax.configs import sft
-from pixel_jax.run import bucket, checkpoint, metrics, policies, start
+from pixel_jax.run import bucket, checkpoint, lock, metrics, policies, start
 
 if not importlib.util.find_spec("gcsfs"):  # its import reads the environment below
   pytest.skip("gcsfs is not installed: extra [gcs]", allow_module_level=True)
@@ -45,6 +45,7 @@ def storage():
     for k, v in told.items():
       patch.setenv(k, v)
     yield storage
+    lock.release()  # those of runs in this process; later nobody answers
   storage.shutdown()
 
 

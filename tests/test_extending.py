@@ -145,6 +145,19 @@ def test_what_an_operation_does_cannot_end_a_run(returned):
     assert observation.error.kind == "failed"
 
 
+def test_what_an_operation_raises_late_is_told_too():
+  def late(seen, arguments):
+    yield layouts.picture(0)
+    raise RuntimeError("boom")
+
+  own = tools.Operation("own", "Mine.", {}, late)
+  call = tools.parse_call(tools.call_text("own", {}), "clean", ("own",))
+  observation = tools.run_call(
+    call, ops.Seen(), "clean", shrink=lambda image, role: image, operations=(own,)
+  )
+  assert observation.error.kind == "failed" and "boom" in observation.text
+
+
 @pytest.mark.parametrize("path", ["nothing.at_all", "json.nothing", "brief"])
 def test_a_path_that_leads_nowhere_is_told(path):
   with pytest.raises(settings.ConfigError, match=f"config.judge='{path}'.*MODULE.NAME"):

@@ -82,6 +82,27 @@ def test_a_copied_workdir_is_nobodys(holder, tmp_path):
   lock.take(tmp_path.parent / "copy")
 
 
+def test_a_beat_that_fails_is_followed_by_others(tmp_path, monkeypatch):
+  """Whatever the client of a bucket raises: else another host would take the lock."""
+  monkeypatch.setattr(lock, "BEAT", 0.01)
+  write, left = lock._write, [3]
+
+  def fails(file, what):
+    if left[0]:
+      left[0] -= 1
+      raise RuntimeError("503")
+    write(file, what)
+
+  lock.take(tmp_path)
+  monkeypatch.setattr(lock, "_write", fails)
+  first = json.loads((tmp_path / "lock.json").read_text())["beat"]
+  for _ in range(6000):
+    if not left[0] and json.loads((tmp_path / "lock.json").read_text())["beat"] > first:
+      return
+    time.sleep(0.1)
+  raise AssertionError("no sign of life after a failure")
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"host": 3}', '{"pid": "x"}'])
 def test_a_broken_lock_blocks_nobody(text, tmp_path):
   (tmp_path / "lock.json").write_text(text)

@@ -245,7 +245,6 @@ class Local:
       max_turns=1,
       max_new_tokens=max(r.max_tokens for r in requests),
       temperature=requests[0].temperature,
-      greedy=requests[0].temperature == 0,
       fixed_batch=True,  # what one says does not depend on who is asked beside it
     )
     replies = []

@@ -281,18 +281,19 @@ def _run_own(
   operation: Operation, seen: ops.Seen, arguments: Any
 ) -> list[Image.Image] | ops.OpError:
   """Pictures or an error, whatever it returns or raises: the arguments are the model's."""
-  try:
+  try:  # a generator, or a picture that is not read yet, raises later than `run`
     result = operation.run(seen, arguments)
+    if isinstance(result, ops.OpError):
+      return result
+    pictures = list(result or ())
+    if not pictures or not all(isinstance(p, Image.Image) for p in pictures):
+      return ops.OpError("failed", f"{operation.name} returned no pictures.")
+    pictures = [p.convert("RGB") for p in pictures]
   except Exception as error:
     return ops.OpError("failed", f"{type(error).__name__}: {error}")
-  if isinstance(result, ops.OpError):
-    return result
-  pictures = list(result or ())
-  if not pictures or not all(isinstance(p, Image.Image) for p in pictures):
-    return ops.OpError("failed", f"{operation.name} returned no pictures.")
   if any(max(p.size) > image_lib.MAX_ASPECT * min(p.size) for p in pictures):
     return ops.OpError("too_narrow", f"{operation.name} returned too narrow a picture.")
-  return [p.convert("RGB") for p in pictures]
+  return pictures
 
 
 def number_of_next(seen: ops.Seen, profile: str) -> int:

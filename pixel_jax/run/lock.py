@@ -80,15 +80,15 @@ class _Lock:
     while not self._over.wait(BEAT):
       try:
         _write(self._file, self._mine | {"beat": time.time()})
-      except OSError:
-        continue  # a bucket that does not answer, a full disk: the next beat may
+      except Exception:  # a full disk, or whatever the client of a bucket raises
+        continue  # without this thread another host would take the lock
 
   def end(self) -> None:
     self._over.set()
     self._thread.join(timeout=5.0)
-    found = _read(self._file) or {}
-    if found.get("pid") == self._mine["pid"] == os.getpid():  # not in a fork
-      with contextlib.suppress(OSError):
+    with contextlib.suppress(Exception):  # what stays ends with its last sign of life
+      found = _read(self._file) or {}
+      if found.get("pid") == self._mine["pid"] == os.getpid():  # not in a fork
         self._file.unlink()
 
 

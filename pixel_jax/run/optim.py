@@ -14,7 +14,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
+
+from pixel_jax import parallel
 
 Schedule = Callable[[Any], jax.Array]
 
@@ -84,7 +86,7 @@ def begin(
   """
   tx, rate = make(params, **settings)
   trained = split(params, settings.get("freeze", ()))[0]
-  step = jax.device_put(jnp.int32(0), NamedSharding(mesh, PartitionSpec()))
+  step = jax.device_put(jnp.int32(0), parallel.replicated(mesh))
   return tx, rate, {"params": params, "opt": init(tx, trained), "step": step}
 
 
@@ -133,7 +135,7 @@ def state_shardings(tx: optax.GradientTransformation, params: dict) -> Any:
   some = next(iter(layout.values()))
   rest = some
   if isinstance(some, NamedSharding):
-    rest = NamedSharding(some.mesh, PartitionSpec())
+    rest = parallel.replicated(some.mesh)
 
   def place(keys, x):
     # A moment's key path ends with the path of its parameter.

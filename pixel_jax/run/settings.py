@@ -63,6 +63,11 @@ def frozen(config: ConfigDict) -> tuple[str, ...]:
   return (r"(?<!/lora_[ab])$",) if config.lora.rank else tuple(config.optim.freeze)
 
 
+def of_data(config: ConfigDict) -> dict[str, Any]:
+  """The section `data` with the function that its `layout` names."""
+  return {**config.data, "layout": imported("data.layout", config.data.layout)}
+
+
 def of_optim(config: ConfigDict, updates: int) -> tuple[dict[str, Any], int]:
   """The settings of `optim.make` for a run of so many updates, and `max_nonfinite`."""
   tuned = {**config.optim, "freeze": frozen(config), "total_steps": updates}

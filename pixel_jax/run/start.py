@@ -115,7 +115,6 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
   lasting = bucket.behind(workdir)
   if jax.process_index() == 0:
-    lasting.mkdir(parents=True, exist_ok=True)
     lock.take(lasting)
   if checkpoint.complete_steps(lasting / "checkpoints") and file.exists():
     differ = settings.differences(json.loads(file.read_text()), json.loads(text))
