@@ -120,6 +120,11 @@ def lora():
   return dict(rank=0, alpha=64.0, targets=("^text/blocks/",))
 
 
+def wandb():
+  """Keyword arguments of `run.metrics.start_wandb`; without a project there is none."""
+  return dict(project="", entity="", name="", mode="online")
+
+
 def mesh(size):
   """Keyword arguments of `parallel.make_mesh`; -1 takes the devices that are left."""
   if size == "tiny":

@@ -40,6 +40,7 @@ def get_config(arg="tiny"):
     filter=common.filter(),
     shards=8,
     max_bad_share=0.01,
+    changed="refuse",  # "accept": go on with data that was changed
   )
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
@@ -58,7 +59,7 @@ def get_config(arg="tiny"):
     group_size=8,
     minibatches=16,
     std=False,  # as released
-    masked_stops=("turns", "length"),  # leave mean, std and loss
+    masked_stops=("turns", "length", "row"),  # leave mean, std and loss
     rows=64,  # of one micro-batch, on each host
     tokens=16384,
     patches=32768,
@@ -82,6 +83,8 @@ def get_config(arg="tiny"):
     moment_dtype="float32",  # of Adam's first moment
     freeze=(),
   )
+  c.checkpoint = dict(keep=3, keep_best="eval/accuracy")  # checkpoint.Checkpoints
+  c.wandb = common.wandb()
   if tiny:
     c.total_steps = 150
     c.save_every = 50

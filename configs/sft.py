@@ -71,6 +71,7 @@ def get_config(arg="tiny"):
     pack_window=256,  # examples of a shard packed together
     shards=8,
     max_bad_share=0.01,
+    changed="refuse",  # "accept": go on with data that was changed
     threads=1 if tiny else 8,  # that decode and resize; they change no batch
   )
   c.optim = dict(  # optim.make
@@ -89,7 +90,10 @@ def get_config(arg="tiny"):
   c.micro_batches = 1  # of a step, one after the other; more take less memory
   # Of a frozen tower, kept in the memory of each host: 7 KB a visual token of the 7B.
   c.features = dict(gib=32.0)  # features.open_bank; 0 = the tower runs in every step
-  c.eval = dict(batches=2, uri="jsonl:val.jsonl")
+  c.eval = dict(batches=2, uri="jsonl:val.jsonl")  # 0 or "": nothing is held out
+  c.synthesis = {}  # synthesis.templates.Templates; {} = the data has traces
+  c.checkpoint = dict(keep=3, keep_best="eval/loss")  # checkpoint.Checkpoints
+  c.wandb = common.wandb()
   if tiny:
     c.data.update(
       uri="world:train", rows=16, tokens=128, patches=192, pack_window=32, shards=4

@@ -12,20 +12,26 @@ Writes evaluation.json and the trajectories into the workdir.
 import dataclasses
 import functools
 import json
+from collections.abc import Sequence
+from typing import Literal, TypedDict
 
 import jax
 from tqdm import tqdm
 
 from pixel_jax import parallel, trajectory
+from pixel_jax.chat import encode
 from pixel_jax.data import pipeline, sources
 from pixel_jax.evals import protocol, report
 from pixel_jax.evals.benchmark import Benchmark
 from pixel_jax.evals.tiny_world import TINY_WORLD
+from pixel_jax.fields import Seed
+from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import engine, fleet
 from pixel_jax.run import bucket, checkpoint, metrics, policies, settings, start
 
 
 def main(config, workdir):
+  settings.check(config, SECTIONS)
   start.open_workdir(workdir, config)
   mesh = parallel.make_mesh()
   parts = [p.rpartition("=") for p in config.policies.split(",")]
@@ -67,6 +73,25 @@ def main(config, workdir):
   metrics.say(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
 
 
+class Fields(TypedDict):
+  """The fields outside of sections."""
+
+  seed: Seed
+  policies: str
+  modes: Sequence[Literal[tuple(protocol.FORCE)]]
+  judge: str
+
+
+SECTIONS = {  # what takes the fields of each section of the config
+  "": (Fields,),
+  "model": (ModelConfig, settings.Model),
+  "codec": (encode.Codec, settings.Named),
+  "data": (sources.open_source, pipeline.open_fixed, settings.Named),
+  "engine": (engine.Engine,),
+  "rollout": (engine.Engine.run,),
+}
+
+
 def reusable(file, settings) -> dict[tuple, dict]:
   """Rows of an earlier evaluation with the same settings, by name and weights."""
   if not file.exists():
@@ -92,10 +117,6 @@ def evaluate(
     init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
   host = dict(host=jax.process_index(), hosts=jax.process_count())
-  questions = settings.call(
-    "data", pipeline.open_fixed, codec=policy.codec, workdir=workdir, shards=mesh.size,
-    **host, **settings.of_data(config),
-  )  # fmt: skip
   make = functools.partial(
     settings.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine
   )
@@ -103,6 +124,10 @@ def evaluate(
   if shape not in fleets:
     fleets[shape] = fleet.Fleet(make, policy.config, mesh, shards=mesh.size)
   rollouts = fleets[shape]
+  questions = settings.call(
+    "data", pipeline.open_fixed, codec=policy.codec, workdir=workdir, shards=mesh.size,
+    refuses=rollouts.refuses, **host, **settings.of_data(config),
+  )  # fmt: skip
   params = rollouts.sync(policy.params)
   modes = {}
   folder = workdir / "trajectories"

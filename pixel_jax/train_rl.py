@@ -16,16 +16,22 @@ whole step and leaves: a step is given up before its first update and finished a
 
 import collections
 import functools
+from collections.abc import Sequence
+from typing import Annotated, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from annotated_types import Ge
 
 from pixel_jax import answers, parallel, trajectory
 from pixel_jax.chat import encode
-from pixel_jax.data import pack, pipeline
+from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import protocol
-from pixel_jax.model import flops, qwen2_5_vl
+from pixel_jax.fields import PositiveInt
+from pixel_jax.model import flops, lora, qwen2_5_vl
+from pixel_jax.model.config import ModelConfig
+from pixel_jax.pixels import image, ops
 from pixel_jax.rl import advantages, objectives, replay, rewards
 from pixel_jax.rollout import engine, fleet
 from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
@@ -33,21 +39,13 @@ from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, star
 
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
-  mesh, policy = start.open_run(config, workdir)
+  mesh, policy = start.open_run(config, workdir, SECTIONS)
   notice = preemption.Notice()
   check(config, mesh)
   right = settings.imported("judge", config.judge) or protocol.judge
   data = settings.of_data(config)
   shards = config.data.shards
   host = dict(host=jax.process_index(), hosts=jax.process_count())
-  questions = settings.call(
-    "data", pipeline.open_tasks, codec=policy.codec, seed=config.seed,
-    batch=config.rl.prompts_per_step, workdir=workdir, **host, **data,
-  )  # fmt: skip
-  held = settings.call(
-    "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir, **host,
-    **{k: data[k] for k in ("root", "filter", "layout", "shards")}, **config.eval,
-  )  # fmt: skip
   make = functools.partial(
     settings.call, "engine", engine.Engine, policy.config.merged, policy.codec,
     group_size=config.rl.group_size, **config.engine,
@@ -55,35 +53,50 @@ def main(config, workdir):
   rollouts = settings.call(
     "fleet", fleet.Fleet, make, policy.config, mesh, shards=shards, **config.fleet
   )
+  row = config.rl.tokens, config.rl.patches  # a rollout ends before a row is too small
+  questions = settings.call(
+    "data", pipeline.open_tasks, codec=policy.codec, seed=config.seed,
+    batch=config.rl.prompts_per_step, workdir=workdir,
+    refuses=functools.partial(rollouts.refuses, row=row), **host, **data,
+  )  # fmt: skip
+  held = config.eval.uri and config.eval_every and settings.call(
+    "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir,
+    refuses=rollouts.refuses, **host, **config.eval,
+    **{k: data[k] for k in ("root", "filter", "layout", "shards")},
+  )  # fmt: skip
   memory = {
     s: settings.call("replay", replay.Replay, **config.replay)
     for s in parallel.own_rows(np.arange(shards)).tolist()
   }
   updates = config.total_steps * config.rl.minibatches
   tuned, most = settings.of_optim(config, updates)
-  tx, schedule, state = settings.call(
-    "optim", optim.begin, policy.params, mesh, **tuned
-  )
-  guard = settings.call("optim", optim.Guard, most)
-  learned = optim.list_paths(optim.split(policy.params, tuned["freeze"])[0])
-  start.describe(config, policy, mesh)
+  tx, schedule = settings.call("optim", optim.make, policy.abstract, **tuned)
+  guard = optim.Guard(most)
+  learned = optim.list_paths(optim.split(policy.abstract, tuned["freeze"])[0])
+  start.describe(config, policy, tx)
+  state = optim.begin(tx, policy.params, tuned["freeze"], mesh)
 
   # ---- Resume ------------------------------------------------------------------------
   steps = programs(config, policy.config, tx, schedule, state)
-  saver = checkpoint.Checkpoints(workdir, **policy.extra)
+  saver = settings.call(
+    "checkpoint", checkpoint.Checkpoints, workdir, **config.checkpoint, **policy.extra
+  )
   first, state, of_host = saver.restore(state)
   if of_host:
     questions.set_state(of_host["data"])
     for s, buffer in memory.items():
       buffer.set_state(of_host["replay"][str(s)])
-  writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
+  writer = metrics.Writer(
+    workdir, first_step=first, total_steps=config.total_steps, wandb=config.wandb,
+    config=config.to_dict(),
+  )  # fmt: skip
 
   def progress():
     replayed = {str(s): buffer.get_state() for s, buffer in memory.items()}
     return {"data": questions.get_state(), "replay": replayed}
 
   # ---- Loop --------------------------------------------------------------------------
-  step, reached = first, progress()
+  step, reached, m = first, progress(), {}
   while step < config.total_steps and not notice.agreed():
     with writer.timer("data"):
       asked = next(questions)
@@ -91,7 +104,7 @@ def main(config, workdir):
       groups = rollouts.run(
         rollouts.sync(state["params"]), asked.tasks, seed=config.seed, step=step,
         group_size=config.rl.group_size, load_media=asked.load_media,
-        stop=notice.given, **config.rollout,
+        row=row, stop=notice.given, **config.rollout,
       )  # fmt: skip
     if notice.agreed():
       break  # the next start begins this step anew
@@ -102,10 +115,9 @@ def main(config, workdir):
       )
       m |= jax.tree.map(float, jax.device_get(grouped))
       score(groups, parts, advantage, step)
-      examples, n = to_examples(config, groups, mask)
+      examples, n = to_examples(groups, mask)
       chosen, replayed = choose(memory, examples, (config.seed, step))
       m |= rollouts.stats() | parallel.total(questions.counts())
-      m["rollout/too_long"] = n["long"]
     with writer.timer("update"):
       done = update(
         config, policy.config, steps, state, chosen, learned=learned,
@@ -116,7 +128,7 @@ def main(config, workdir):
       break
     state, told, cost = done
     step, reached, m = step + 1, progress(), m | told
-    if settings.due(step, config.eval_every, config.total_steps):
+    if held and settings.due(step, config.eval_every, config.total_steps):
       with writer.timer("eval"):
         m |= held_out(
           rollouts, state["params"], held, right, config.seed, **config.rollout
@@ -127,38 +139,80 @@ def main(config, workdir):
       played = (f.trajectory for group in groups for f in group)
       trajectory.write_jsonl(workdir / "trajectories" / name, played)
     if settings.due(step, config.save_every):
-      saver.save(step, state, reached)
+      saver.save(step, state, reached, m)
 
   # ---- End ---------------------------------------------------------------------------
   if not saver.has(step):
-    saver.save(step, state, reached)
+    saver.save(step, state, reached, m)
   start.end(
     config, step, saver, writer, notice, "metrics.jsonl, trajectories/, checkpoints/"
   )
+
+
+class Update(TypedDict):
+  """The section `rl`: a step and its updates."""
+
+  prompts_per_step: PositiveInt
+  group_size: Annotated[int, Ge(2)]  # one rollout has no group to be better than
+  minibatches: PositiveInt
+  std: bool
+  masked_stops: Sequence[Literal[encode.STOPS]]
+  rows: PositiveInt
+  tokens: PositiveInt
+  patches: PositiveInt
+
+
+SECTIONS = {  # what takes the fields of each section of the config
+  "": (settings.Run,),
+  "model": (ModelConfig, settings.Model),
+  "codec": (encode.Codec, settings.Named),
+  "lora": (lora.Config, settings.Adapters),
+  "mesh": (parallel.make_mesh,),
+  "data": (sources.open_source, pipeline.tasks, settings.Named),
+  "eval": (sources.open_source, pipeline.open_fixed),
+  "engine": (engine.Engine,),
+  "fleet": (fleet.Fleet,),
+  "rollout": (engine.Engine.run,),
+  "reward": (rewards.shaped,),
+  "rl": (Update,),
+  "loss": (objectives.loss,),
+  "replay": (replay.Replay,),
+  "optim": (optim.make, optim.Guard),
+  "checkpoint": (checkpoint.Checkpoints,),
+  "wandb": (metrics.start_wandb,),
+}
 
 
 def check(config, mesh):
   """What the first step would refuse is told before anything compiles."""
   settings.call("rl", pack.check_limits, config.rl.tokens, config.rl.patches)
   settings.call("rl", parallel.check_rows, mesh, config.rl.rows * jax.process_count())
-  if wrong := [x for x in config.rl.masked_stops if x not in encode.STOPS]:
-    raise settings.ConfigError(
-      f"config.rl.masked_stops={tuple(config.rl.masked_stops)}: {wrong[0]!r} is no reason "
-      f"to stop; there are {', '.join(encode.STOPS)}"
-    )
   if not config.rollout.temperature > 0:
     raise settings.ConfigError(
       f"config.rollout.temperature={config.rollout.temperature}: RL learns from samples, "
       "so it must be above 0; evaluate takes 0, too"
     )
-  settings.call("loss", objectives.check, **config.loss)
-  none = np.zeros((1, 2), np.int32)
-  settings.call("reward", rewards.shaped, none * 1.0, none, none, **config.reward)
+  most = largest(
+    config.codec.budgets, config.codec.video_frames, config.rollout.max_turns
+  )
+  if most > config.rl.patches or config.engine.max_len > config.rl.tokens:
+    metrics.say(
+      f"rows     a rollout may reach {most} patches and {config.engine.max_len} tokens, a "
+      f"row of training holds rl.patches={config.rl.patches} and "
+      f"rl.tokens={config.rl.tokens}: one that would have more ends (stop row)"
+    )
   if config.replay.keep_steps:
     raise settings.ConfigError(
       "config.replay.keep_steps: samples of earlier steps cannot be saved yet, so a "
       "resumed run would differ; use 0"
     )
+
+
+def largest(budgets, video_frames, max_turns):
+  """Patches of the pictures of a rollout that looks at as many as it can."""
+  most = {role: pixels // image.PATCH**2 for role, (_, pixels) in budgets.items()}
+  asked = max(most["image"], most["video"] * -(-video_frames // image.TEMPORAL))
+  return asked + (max_turns - 1) * max(most["crop"], ops.MAX_FRAMES * most["frame"])
 
 
 def programs(config, model, tx, schedule, state):
@@ -307,9 +361,10 @@ def judge(groups, right, masked_stops, **reward):
       ],
       "unparsed": grid(lambda t: not answers.extract(t.turns[-1]["text"]), bool),
       "mask": grid(lambda t: t.stop not in masked_stops, bool),
+      "row": grid(lambda t: t.stop == "row", bool),
     }
   )
-  mask = seen.pop("mask")
+  mask, by_row = seen.pop("mask"), seen.pop("row")
   parts = rewards.shaped(**seen, **reward)
   parts = {k: np.asarray(v) for k, v in jax.device_get(parts).items()}
   correct, attempted = seen["correct"], seen["ops_attempted"]
@@ -325,6 +380,7 @@ def judge(groups, right, masked_stops, **reward):
     "ops/per_rollout": attempted.mean(),
     "ops/error_rate": sum(failed.values()) / max(attempted.sum(), 1),
     "rollout/masked": 1.0 - mask.mean(),
+    "rollout/stopped_by_row": by_row.mean(),
   }
   if used.any():
     m["reward/accuracy_with_ops"] = correct[used].mean()
@@ -345,26 +401,23 @@ def score(groups, parts, advantage, step):
       t.reward = {k: float(v[q, g]) for k, v in parts.items()}
 
 
-def to_examples(config, groups, mask):
-  """The rollouts of this host that count and that a row can hold: shard -> examples.
+def to_examples(groups, mask):
+  """The rollouts of this host that count: shard -> examples.
 
-  Also, over all hosts: the tokens that were sampled, those of the examples, and how many
-  rollouts were too long for a row.
+  A row holds each: a rollout ends before it does not.  Questions without room have said
+  nothing, so there is nothing to learn from.  Also, over all hosts: the tokens that were
+  sampled, and those of the examples.
   """
   kept = parallel.own_rows(advantages.kept(mask))
-  examples, long = collections.defaultdict(list), 0
+  examples = collections.defaultdict(list)
   for q, group in enumerate(groups):
     for g, finished in enumerate(group):
-      if kept[q, g]:
+      if kept[q, g] and any(finished.trajectory.sampled):
         example = encode.example(finished.trajectory, finished.pixels)
-        if pack.fits(example, T=config.rl.tokens, P=config.rl.patches):
-          examples[finished.trajectory.task.shard].append(example)
-        else:
-          long += 1
+        examples[finished.trajectory.task.shard].append(example)
   return examples, parallel.total({
     "sampled": sum(sum(f.trajectory.sampled) for group in groups for f in group),
     "tokens": sum(e.weight.sum() for x in examples.values() for e in x),
-    "long": long,
   })  # fmt: skip
 
 

@@ -13,31 +13,35 @@ SIGTERM or Ctrl-C saves after the step and leaves.
 """
 
 import functools
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
 
 from pixel_jax import parallel
-from pixel_jax.data import pipeline
-from pixel_jax.model import flops, qwen2_5_vl
+from pixel_jax.chat import encode
+from pixel_jax.data import pipeline, sources
+from pixel_jax.fields import NonNegativeInt
+from pixel_jax.model import flops, lora, qwen2_5_vl
+from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import features
 from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
 from pixel_jax.synthesis import templates
 
 
+class Held(TypedDict):
+  batches: NonNegativeInt
+
+
 def main(config, workdir):
   # ---- Set up ------------------------------------------------------------------------
-  mesh, policy = start.open_run(config, workdir)
+  mesh, policy = start.open_run(config, workdir, SECTIONS)
   notice = preemption.Notice()
   check(config, mesh)
   freeze = settings.frozen(config)
-  learned = optim.list_paths(optim.split(policy.params, freeze)[0])
-  bank = settings.call(
-    "features", features.open_bank, policy.config, policy.params, learned,
-    patches=config.data.patches, **config.features,
-  )  # fmt: skip
+  learned = optim.list_paths(optim.split(policy.abstract, freeze)[0])
   synthesis = None
-  if "synthesis" in config:
+  if config.synthesis:
     synthesis = settings.call("synthesis", templates.Templates, **config.synthesis)
 
   data = settings.of_data(config)
@@ -50,7 +54,7 @@ def main(config, workdir):
     return settings.call(
       "data", pipeline.open_batches, codec=policy.codec, synthesis=synthesis,
       seed=seed, workdir=workdir, host=jax.process_index(), hosts=jax.process_count(),
-      apart=bank is not None, place=on_devices,
+      apart=features.is_wanted(learned, config.features.gib), place=on_devices,
       **{**data, **changed},
     )  # fmt: skip
 
@@ -58,24 +62,36 @@ def main(config, workdir):
   held = functools.partial(
     open_batches, config.seed + 1, uri=config.eval.uri, weights=()
   )
-  held().close()  # a mistake in it is told now
+  if is_held(config):
+    held().close()  # a mistake in it is told now
   tuned, most = settings.of_optim(config, config.total_steps)
-  tx, schedule, state = settings.call(
-    "optim", optim.begin, policy.params, mesh, **tuned
+  tx, schedule = settings.call("optim", optim.make, policy.abstract, **tuned)
+  guard = optim.Guard(most)
+  start.describe(config, policy, tx)
+  state = optim.begin(tx, policy.params, freeze, mesh)
+  bank = features.open_bank(
+    policy.config,
+    policy.params,
+    learned,
+    patches=config.data.patches,
+    **config.features,
   )
-  guard = settings.call("optim", optim.Guard, most)
-  start.describe(config, policy, mesh)
 
   # ---- Resume ------------------------------------------------------------------------
   update, heldout = programs(config, policy.config, tx, schedule, state)
-  saver = checkpoint.Checkpoints(workdir, **policy.extra)
+  saver = settings.call(
+    "checkpoint", checkpoint.Checkpoints, workdir, **config.checkpoint, **policy.extra
+  )
   first, state, of_host = saver.restore(state)
   if of_host:
     train.set_state(of_host["data"])
-  writer = metrics.Writer(workdir, first_step=first, total_steps=config.total_steps)
+  writer = metrics.Writer(
+    workdir, first_step=first, total_steps=config.total_steps, wandb=config.wandb,
+    config=config.to_dict(),
+  )  # fmt: skip
 
   # ---- Loop --------------------------------------------------------------------------
-  step = first
+  step, m = first, {}
   while step < config.total_steps and not notice.agreed():
     with writer.timer("data"):
       batch, names = next(train)
@@ -92,7 +108,7 @@ def main(config, workdir):
     m |= parallel.total(train.counts())
     if bank:
       m["perf/pictures_encoded"] = float(bank.encoded)
-    if settings.due(step, config.eval_every, config.total_steps):
+    if is_held(config) and settings.due(step, config.eval_every, config.total_steps):
       with writer.timer("eval"):
         m["eval/loss"] = held_out(heldout, state["params"], held(), config.eval.batches)
     cost = flops.of_work(policy.config, work, learned)
@@ -101,14 +117,35 @@ def main(config, workdir):
       flops=cost.parts(),
     )  # fmt: skip
     if settings.due(step, config.save_every):
-      saver.save(step, state, {"data": train.get_state()})
+      saver.save(step, state, {"data": train.get_state()}, m)
 
   # ---- End ---------------------------------------------------------------------------
   if not saver.has(step):
-    saver.save(step, state, {"data": train.get_state()})
+    saver.save(step, state, {"data": train.get_state()}, m)
   start.end(
     config, step, saver, writer, notice, "metrics.jsonl, checkpoints/, tokenizer/"
   )
+
+
+SECTIONS = {  # what takes the fields of each section of the config
+  "": (settings.Run,),
+  "model": (ModelConfig, settings.Model),
+  "codec": (encode.Codec, settings.Named),
+  "lora": (lora.Config, settings.Adapters),
+  "mesh": (parallel.make_mesh,),
+  "data": (sources.open_source, pipeline.batches, settings.Named),
+  "optim": (optim.make, optim.Guard),
+  "checkpoint": (checkpoint.Checkpoints,),
+  "wandb": (metrics.start_wandb,),
+  "features": (features.open_bank,),
+  "eval": (sources.open_source, Held),
+  "synthesis": (templates.Templates,),
+}
+
+
+def is_held(config):
+  """Whether there are examples that are held out; 0 batches and no URI say no."""
+  return bool(config.eval.uri and config.eval.batches)
 
 
 def check(config, mesh):

@@ -83,7 +83,7 @@ class Trajectory:
   slots: list[Slot] = dataclasses.field(default_factory=list)
   calls: list[OpCall] = dataclasses.field(default_factory=list)
   turns: list[dict[str, str]] = dataclasses.field(default_factory=list)  # role, text
-  stop: str = ""  # "answer", "turns" (too many), "length" (truncated) or "" (open)
+  stop: str = ""  # "answer", "turns" (too many), "length", "row" or "" (open)
   reward: dict[str, float] = dataclasses.field(default_factory=dict)
   advantage: float = 0.0
 

@@ -219,6 +219,56 @@ def test_a_killed_save_does_not_count(tmp_path):
   assert saver.latest() == 2
 
 
+def test_a_damaged_newest_step_is_set_aside(tmp_path):
+  """Each of its files cut in half, one at a time: the one before it, or no harm done."""
+  saver = Checkpoints(tmp_path / "whole")
+  saver.save(1, make_state(1), {"n": 1}), saver.save(2, make_state(2), {"n": 2})
+  saver.close()
+  newest = tmp_path / "whole" / "checkpoints" / "2"
+  files = [p.relative_to(newest) for p in newest.rglob("*") if p.is_file()]
+  fell_back = 0
+  for i, file in enumerate(sorted(files)):
+    work = tmp_path / str(i)
+    shutil.copytree(tmp_path / "whole", work)
+    damaged = work / "checkpoints" / "2" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    again = Checkpoints(work)
+    step, found, host = again.restore(make_state())
+    assert_same(found, make_state(step))
+    assert host == {"n": step}, file
+    if step == 1:
+      fell_back += 1
+      assert (work / "damaged" / "2").is_dir()
+      again.save(2, make_state(2), {"n": 2})  # the run comes by again
+      assert again.latest() == 2
+    again.close()
+  assert fell_back >= len(files) // 3  # of the others orbax reads none
+
+
+def test_the_only_step_is_damaged(tmp_path):
+  saver = Checkpoints(tmp_path)
+  saver.save(7, make_state(1))
+  saver.close()
+  for file in (tmp_path / "checkpoints" / "7" / "params").rglob("*"):
+    if file.is_file():
+      file.write_bytes(b"")
+  with pytest.raises(CheckpointError, match="step 7 .* is damaged .*no other is there"):
+    Checkpoints(tmp_path).restore(make_state())
+  with pytest.raises(CheckpointError, match="checkpoints/7 is damaged"):
+    checkpoint.load_params(tmp_path, make_state()["params"])
+
+
+@pytest.mark.parametrize("metric, best", [("accuracy", 2), ("val/loss", 1), ("", None)])
+def test_the_best_step_stays(tmp_path, metric, best):
+  for step, value in enumerate((0.1, 0.9, 0.5, 0.3), 1):  # the last without a score
+    saver = Checkpoints(tmp_path, keep=1, keep_best=metric)  # a run that goes on
+    told = {"accuracy": value, "val/loss": value} if step < 4 else {}
+    saver.save(step, make_state(step), {"n": step}, told)
+    saver.close()
+  kept = {best, 4} - {None}
+  assert checkpoint.complete_steps(tmp_path / "checkpoints") == sorted(kept)
+
+
 # ---- Bare parameters -----------------------------------------------------------------
 
 

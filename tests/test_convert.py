@@ -60,13 +60,15 @@ def test_there_and_back(source, tmp_path, capsys):
   ours, back = tmp_path / "ours", tmp_path / "back"
   assert _convert("import", f"--hf={source}", f"--out={ours}") == 0
   said = capsys.readouterr()
-  assert f"{ours}: params/, extra.json, tokenizer/ (4 files)" in said.out
+  assert "params/, extra.json, tokenizer/ (4 files)" in said.out
+  assert f"in {ours}" in said.out
   assert "float32" in said.out and "import: 100%" in said.err and "B/s" in said.err
   assert {p.name for p in (ours / "tokenizer").iterdir()} == COMPANIONS.keys()
 
   assert _convert("export", f"--checkpoint={ours}", f"--out={back}") == 0
   said = capsys.readouterr()
-  assert f"{back}: config.json" in said.out and "export: 100%" in said.err
+  assert "config.json" in said.out and f"in {back}" in said.out
+  assert "export: 100%" in said.err
   _check_equal(_read(back), _read(source))
   for name, text in COMPANIONS.items():
     assert (back / name).read_text() == text
@@ -197,6 +199,24 @@ def test_refusals_are_one_line(source, tmp_path, capsys):
   (source / "config.json").write_text(json.dumps(described))
   _refused(capsys, "use_sliding_window", "import", f"--hf={source}", f"--out={new}")
   assert not new.exists()
+
+
+def test_what_failed_leaves_no_folder(source, tmp_path, monkeypatch, capsys):
+  def full(*_):
+    raise OSError(28, "No space left on device")
+
+  new = tmp_path / "new"
+  with monkeypatch.context() as m:
+    m.setattr(hf, "copy_companions", full)
+    _refused(capsys, "No space left", "import", f"--hf={source}", f"--out={new}")
+  assert not new.exists() and not list(tmp_path.glob("new*"))
+  assert _convert("import", f"--hf={source}", f"--out={new}") == 0
+  with monkeypatch.context() as m:
+    m.setattr(hf, "copy_companions", full)
+    back = tmp_path / "back"
+    _refused(capsys, "No space left", "export", f"--checkpoint={new}", f"--out={back}")
+  assert not list(tmp_path.glob("back*"))
+  _refused(capsys, "/dev/null", "import", f"--hf={source}", "--out=/dev/null/x")
 
 
 def test_as_a_command():

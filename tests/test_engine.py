@@ -509,10 +509,10 @@ def test_errors_name_the_remedy(world, plain):
   long = dataclasses.replace(task(0), question="x" * 200)
   (group,) = run(plain, params, [long])
   assert all(f.trajectory.stop == "length" for f in group)
-  assert re.search(r"task q0 has .* `max_prompt`", plain.refusal)
+  assert re.search(r"task q0: the prompt has .* max_prompt=80", plain.refusal)
   small = engine.Engine(config, codec, **(SHAPES | dict(patches=16)))
   run(small, params, [task(0)])
-  assert re.search("36 patches .* at most 81 and 16", small.refusal)
+  assert re.search("36 patches .* patches=16", small.refusal)
   with pytest.raises(ValueError, match="groups of at most 6"):
     run(plain, params, [task(0)], group_size=7)
   with pytest.raises(ValueError, match="lag=-1"):

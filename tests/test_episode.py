@@ -88,12 +88,43 @@ def test_observation_that_does_not_fit_loses_nothing(codec):
     said = list(e.ids)
     assert e.operate() is fits
     t = e.conversation.trajectory
-    assert len(t.calls) == 1 and t.calls[0].error is None
+    assert len(t.calls) == 1
+    assert t.calls[0].error == (None if fits else "no_room") and t.ops_succeeded == fits
     if fits:
       assert t.ids == whole.ids and e.budget == 1
     else:
       assert t.stop == "length" and t.ids == said and len(t.slots) == 1
       assert t.turns[-1]["role"] == "assistant" and len(e.conversation.pixels) == 1
+
+
+def test_an_episode_ends_before_a_row_is_too_small(codec):
+  whole = replay(codec, task(0), [crop()])
+  tokens = len(whole.trajectory.ids)
+  patches = sum(p.num_patches for p in whole.pixels)
+  for row, fits in (
+    ((tokens + 1, patches), True), ((tokens, patches), False), ((999, patches - 1), False)
+  ):  # fmt: skip
+    e = begin(codec, row=row)
+    assert say(codec, e, crop()) == "operate" and e.operate() is fits
+    t = e.conversation.trajectory
+    assert t.stop == ("" if fits else "row") and len(t.ids) < row[0]
+    assert fits or t.calls[0].error == "no_room"
+  question = len(replay(codec, task(0), []).trajectory.ids)
+  e = begin(codec, row=(question + 3, patches))
+  assert e.budget == 3
+  assert e.feed([65] * 3, [0.0] * 3, ended=False) == "done"
+  assert e.conversation.trajectory.stop == "row" and len(e.ids) == question + 3
+  e = begin(codec, row=(question, patches))
+  assert not e.fits
+  e.refuse()
+  assert e.conversation.trajectory.stop == "row"
+
+
+def test_where_operations_are_forbidden_none_is_run(codec):
+  e = begin(codec, operations=False)
+  assert say(codec, e, crop()) == "done"
+  t = e.conversation.trajectory
+  assert t.stop == "turns" and not t.calls and len(t.slots) == 1
 
 
 def test_limits_are_checked(codec):

@@ -110,5 +110,5 @@ def test_no_bank_for_a_tower_that_is_trained(tiny, freeze, gib):
 
 
 def test_negative_memory_is_refused(tiny):
-  with pytest.raises(ValueError, match="use 0 to encode in every step"):
+  with pytest.raises(ValueError, match="gib=-1.0: expected a number of 0 or more"):
     open_bank(tiny, -1.0)

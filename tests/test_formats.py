@@ -1,9 +1,11 @@
 """Formats: foreign layouts as questions and traces, against the files' own readers."""
 
+import base64
 import dataclasses
 import importlib
 import io
 import json
+import unicodedata
 import zipfile
 
 import layouts
@@ -400,6 +402,106 @@ def test_two_hosts_read_every_record_once_in_the_batches_of_one(
       assert got == next(one).tasks
       names += [t.id for t in got]
     assert len(names) == len(set(names)) == n
+
+
+# ---- Properties of public bug reports ------------------------------------------------
+
+
+def encoded(path, kind="PNG", **how):
+  out = io.BytesIO()
+  Image.open(path).save(out, kind, **how)
+  return base64.b64encode(out.getvalue()).decode()
+
+
+def write(root, *records):
+  lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records)
+  (root / "x.jsonl").write_text(lines, encoding="utf-8")
+  return sources.open_source("jsonl:x.jsonl", root=root)
+
+
+def asked(image, **fields):
+  return {"qid": "q", "question": "What?", "answer": "x", "image": image, **fields}
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_a_picture_may_be_bare_base64(tmp_path, kind):
+  layouts.media_files(tmp_path)
+  text = encoded(tmp_path / "images/0.png", kind)
+  wrapped = "\n".join(text[i : i + 76] for i in range(0, len(text), 76))
+  source = write(tmp_path, asked(text), asked([text]), asked(wrapped))
+  want = io.BytesIO(base64.b64decode(text))
+  for i in range(3):
+    (got,) = pixels(source, source[i].media[0])
+    np.testing.assert_array_equal(got, np.asarray(Image.open(want).convert("RGB")))
+
+
+def test_names_as_other_systems_spell_them(tmp_path):
+  layouts.media_files(tmp_path)
+  accent = {form: unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")}
+  picture = (tmp_path / "images/0.png").read_bytes()
+  (tmp_path / "images" / accent["NFD"]).write_bytes(picture)  # from a Mac
+  with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+    archive.writestr(f"in/{accent['NFC']}", picture)
+  names = [
+    f"images/{accent['NFC']}",
+    "images\\0.png",
+    f"in\\{accent['NFD']}",
+    "IMAGES/0.PNG",
+  ]
+  source = write(tmp_path, *(asked(name) for name in names))
+  for i in range(3):
+    assert_shows(source, source[i].media, [tmp_path / "images/0.png"])
+  with pytest.raises(formats.BadRecord, match="did you mean images/0.png"):
+    source.load_media(source[3].media[0])
+
+
+def test_a_conversation_may_ask_again(tmp_path, codec):
+  """LLaVA's: every answer is a target, the question of the trace is the first."""
+  layouts.media_files(tmp_path)
+  said = ["<image>\nWhat?", "A \\boxed{cat}.", "Which colour?", "It is \\boxed{red}."]
+  talk = [
+    {"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)
+  ]
+  source = write(
+    tmp_path, {"id": "a", "conversations": talk, "images": ["images/0.png"]}
+  )
+  told = source[0]
+  assert (told.task.question, told.task.answer, told.calls) == ("What?", "cat", [])
+  trace, _ = retell(told, codec, source.load_media)
+  words = codec.tokenizer
+  learned = [i for i, w in zip(trace.ids, trace.weight) if w]
+  want = [[*words.encode(text), words.im_end] for text in said[1::2]]
+  assert learned == want[0] + want[1]
+  assert [t["role"] for t in trace.turns][1:] == ["user", "assistant"] * 2
+  assert "Which colour?" in words.decode(trace.ids)
+  assert len(encode.redraw(trace, codec, source.load_media)) == 1
+  talk[2]["value"] = "<image>\nAnd this?"
+  both = {"id": "a", "conversations": talk, "images": ["images/0.png"] * 2}
+  with pytest.raises(formats.BadRecord, match=r"is no call: .*pictures follow it"):
+    write(tmp_path, both)[0]
+
+
+@pytest.mark.parametrize(
+  "record, answer",
+  [
+    ({"query": "<image>What?", "response": "\\boxed{x}"}, "x"),
+    ({"problem": "<image>What?", "solution": "<answer> x </answer>"}, "x"),
+    ({"question": "What?", "answer": True}, "true"),
+    ({"question": "What?", "answer": [False, "no"]}, ["false", "no"]),
+  ],
+)
+def test_more_layouts_and_golds(tmp_path, record, answer):
+  layouts.media_files(tmp_path)
+  task = write(tmp_path, {**record, "images": ["images/0.png"]})[0]
+  assert (task.question, task.answer) == ("What?", answer)
+  assert [m.path for m in task.media] == ["images/0.png"]
+
+
+def test_text_that_nobody_reads_is_said_once(tmp_path, caplog):
+  layouts.media_files(tmp_path)
+  source = write(tmp_path, *[{"image": "images/0.png", "legend": "A cat."}] * 3)
+  assert [source[i].question for i in range(3)] == [""] * 3
+  assert caplog.text.count("nobody reads legend") == 1
 
 
 @pytest.fixture(scope="module")

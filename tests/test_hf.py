@@ -158,7 +158,7 @@ def test_state_round_trip(config):
 def test_any_slice_of_any_transform(data):
   """What a device asks for equals the slice of the whole, however axes are cut."""
   row = data.draw(st.sampled_from(table.rows(CONFIG)))
-  tensor = np.arange(math.prod(table.hf_shape(CONFIG, row)), dtype=np.int32)
+  tensor = np.arange(math.prod(table.hf_shape(CONFIG, row)), dtype=np.float32)
   tensor = tensor.reshape(table.hf_shape(CONFIG, row))
   shape = table.shape_of(CONFIG, row)[row.stacked :]
   cuts = st.integers(1, 4).flatmap(
@@ -171,8 +171,8 @@ def test_any_slice_of_any_transform(data):
     low = min(i * step, size - 1)
     whole = data.draw(st.booleans())
     index.append(slice(None) if whole else slice(low, min(low + step, size)))
-  everything = hf._read(CONFIG, row, tensor, (slice(None),) * len(shape))
-  part = hf._read(CONFIG, row, tensor, tuple(index))
+  everything = hf._read(CONFIG, row, "x", tensor, (slice(None),) * len(shape))
+  part = hf._read(CONFIG, row, "x", tensor, tuple(index))
   np.testing.assert_array_equal(part, everything[tuple(index)])
 
 
@@ -336,6 +336,25 @@ def test_a_tensor_under_two_names(tmp_path):
   state = _state(CONFIG)
   state["model.language_model.norm.weight"] = state["model.norm.weight"] + 1
   _refused(tmp_path, state, r"there under two names: model\.(language_model\.)?norm")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_numbers_that_are_not_finite_are_named(tmp_path, dtype, bad):
+  state = _state(CONFIG, dtype=dtype)
+  state["model.layers.1.mlp.up_proj.weight"][5, 7] = bad
+  _refused(
+    tmp_path, state, r"model\.layers\.1\.mlp\.up_proj\.weight holds .*not finite"
+  )
+
+
+def test_buffers_that_were_stored_are_passed_over(tmp_path):
+  state = _state(CONFIG)
+  want = table.unnest(hf.import_checkpoint(_write(tmp_path / "bare", state), CONFIG))
+  state["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
+  state["visual.rotary_pos_emb.inv_freq"] = np.ones(6, np.float32)
+  got = table.unnest(hf.import_checkpoint(_write(tmp_path / "more", state), CONFIG))
+  _check_equal(got, want)
 
 
 def test_quantized_weights(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tensorboardX
 
-from pixel_jax.run import metrics
+from pixel_jax.run import metrics, settings
 
 
 def lines(root):
@@ -149,8 +149,30 @@ def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
   import sys
 
   monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(ImportError, match=r"pip install pixel_jax\[wandb\]"):
-    metrics.Writer(tmp_path, wandb={})
+  with pytest.raises(settings.ConfigError, match=r"pip install 'pixel_jax\[wandb\]'"):
+    metrics.Writer(tmp_path, wandb={"project": "x"})
+
+
+def test_wandb_goes_on_with_the_same_run(tmp_path):
+  """The real package, offline: two starts of a workdir are one run of W&B."""
+  pytest.importorskip("wandb")
+  told = {"project": "pixels", "entity": "", "name": "", "mode": "offline"}
+  ids = []
+  for first in (0, 2):
+    writer = metrics.Writer(
+      tmp_path, first_step=first, wandb=told, config={"optim": {"lr": 0.1}}
+    )
+    writer.write(first + 1, {"loss": 0.5})
+    run = writer._wandb
+    ids.append(run.id)
+    assert (run.project, run.name) == ("pixels", tmp_path.name)
+    assert run.config["optim"] == {"lr": 0.1}
+    writer.close()
+  assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text().strip()
+  logs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+  assert len(logs) == 2 and all(b"loss" in file.read_bytes() for file in logs)
+  metrics.Writer(tmp_path, first_step=3, wandb=told | {"project": ""}).close()
+  assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 
 
 # ---- MFU -----------------------------------------------------------------------------

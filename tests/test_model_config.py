@@ -1,11 +1,13 @@
 """model/config.py: config.json in and out, and what it refuses."""
 
 import copy
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pixel_jax import fields
 from pixel_jax.model import config as config_lib
 
 # The published config.json of Qwen2.5-VL-7B-Instruct (2025, flat).
@@ -164,9 +166,22 @@ def test_refuses_what_is_not_implemented(changes, named):
     config_lib.from_hf({**FLAT_7B, **changes})
 
 
+def test_yarn_there_and_back():
+  scaling = {
+    "type": "yarn", "mrope_section": [16, 24, 24], "factor": 4,
+    "original_max_position_embeddings": 32768,
+  }  # fmt: skip
+  read = config_lib.from_hf({**FLAT_7B, "rope_scaling": scaling})
+  assert read.text.yarn == config_lib.Yarn(4.0, 32768, attention=0.1 * math.log(4) + 1)
+  assert config_lib.from_hf(config_lib.to_hf(read)) == read
+  del scaling["factor"]
+  with pytest.raises(ValueError, match="yarn and lacks factor"):
+    config_lib.from_hf({**FLAT_7B, "rope_scaling": scaling})
+
+
 @pytest.mark.parametrize(
-  "fields", [{"dtype": "float16"}, {"remat": "some"}, {"logp_chunk": 0}]
+  "wrong", [{"dtype": "float16"}, {"remat": "some"}, {"logp_chunk": 0}]
 )
-def test_refuses_unknown_runtime_fields(fields):
-  with pytest.raises(ValueError, match=next(iter(fields))):
-    config_lib.tiny(8, **fields)
+def test_refuses_unknown_runtime_fields(wrong):
+  with pytest.raises(ValueError, match=f"{next(iter(wrong))}=.*expected"):
+    fields.check(config_lib.ModelConfig, wrong)

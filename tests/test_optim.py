@@ -218,7 +218,7 @@ def test_moments_lie_where_their_parameters_lie():
   [
     (dict(freeze=["^visoin/"]), "matches no parameter; paths begin with text/norm"),
     (dict(freeze=["."]), "every parameter"),
-    (dict(schedule="linear"), "'cosine' or 'constant'"),
+    (dict(schedule="linear"), "schedule='linear': expected one of cosine, constant"),
     (dict(warmup_steps=11), "warmup_steps = 11"),
   ],
 )

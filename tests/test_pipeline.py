@@ -451,6 +451,60 @@ def test_a_state_of_other_data_is_refused(source, codec):
     open_batches(source, codec).set_state(half)
 
 
+def test_changed_data_may_be_accepted(tmp_path, codec):
+  """A record was removed: the run is refused, with the way to go on in any case."""
+  write_tasks(tmp_path, world_lines(12))
+
+  def open_tasks(**how):
+    source = sources.open_source("jsonl:x.jsonl", root=tmp_path)
+    return pipeline.tasks(source, seed=0, shards=2, batch=2, **how)
+
+  stream = open_tasks()
+  take(stream, 2)
+  state = stream.get_state()
+  write_tasks(tmp_path, world_lines(11))
+  with pytest.raises(
+    pipeline.DataError, match=r"records.*--config.data.changed=accept"
+  ):
+    open_tasks().set_state(state)
+  goes_on = open_tasks(changed="accept")
+  goes_on.set_state(state)
+  seen = [t.id for q in take(goes_on, 4) for t in q.tasks]
+  assert len(seen) == 8 and set(seen) <= {f"q{i}" for i in range(11)}
+
+
+@pytest.mark.parametrize("index", [1, 4])  # a picture, a clip
+def test_a_prompt_is_measured_without_being_made(source, codec, index):
+  task = world.task(0, "train", index)
+  made = encode.Conversation(codec, task, source.load_media)
+  tokens, patches = encode.measure(codec, task, source.load_media)
+  assert tokens == len(made.trajectory.ids)
+  assert patches == [p.num_patches for p in made.pixels]
+
+
+def test_what_the_engine_would_refuse_is_set_aside(tmp_path, codec):
+  """A picture 201 times as long as wide, and one of too many patches: no rollout sees
+  them, and the run goes on."""
+  Image.new("RGB", (201 * 4, 4)).save(tmp_path / "long.png")
+  Image.new("RGB", (100, 100)).save(tmp_path / "fine.png")
+  Image.new("RGB", (56, 56)).save(tmp_path / "small.png")
+  names = ["long.png", *["fine.png"] * 7]
+  write_tasks(tmp_path, [task_line(f"q{i}", name) for i, name in enumerate(names)])
+  source = sources.open_source("jsonl:x.jsonl", root=tmp_path, codec=codec)
+  plan = dict(seed=0, shards=1, batch=1, max_bad_share=1.0, workdir=tmp_path)
+  stream = pipeline.tasks(source, **plan)
+  assert {t.id for q in take(stream, 14) for t in q.tasks} == {
+    f"q{i}" for i in range(1, 8)
+  }
+  assert "aspect ratio 201.0" in (tmp_path / "quarantine.jsonl").read_text()
+  assert stream.counts()["data/bad_records"] == 2  # once an epoch
+  full = pipeline.tasks(source, refuses=lambda tokens, patches: "no room", **plan)
+  with pytest.raises(pipeline.DataError, match="8 of 8 records .*no room"):
+    next(full)
+  with pytest.raises(pipeline.DataError, match="none of 8 records"):
+    pipeline.fixed_tasks(source, 4, refuses=lambda tokens, patches: "no room")
+
+
 def test_a_forgotten_stream_takes_its_thread_with_it(source, codec):
   def running():
     return sum(t.name == "pixel_jax data" for t in threading.enumerate())

@@ -86,9 +86,10 @@ def test_unparsed_is_minus_one_only_as_released():
 
 def test_alpha_zero_is_no_curiosity_and_shares_the_program():
   assert shaped(users(1), alpha=0.0)["curiosity"].sum() == 0
-  size = rewards.shaped._cache_size()
+  program = rewards.shaped.__wrapped__  # below the check of its settings
+  size = program._cache_size()
   shaped(users(1), alpha=0.25)
-  assert rewards.shaped._cache_size() == size
+  assert program._cache_size() == size
 
 
 @pytest.mark.parametrize("wrong", [dict(variant="mine"), dict(count="all")])

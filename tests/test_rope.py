@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
-from pixel_jax.model import rope
+from pixel_jax.model import config, rope
 
 
 def test_mrope_turns_each_section_by_its_axis():
@@ -22,6 +23,46 @@ def test_mrope_turns_each_section_by_its_axis():
   # The angle itself is rounded to f32: at 5000 that is 2e-4.
   np.testing.assert_allclose(cos, np.cos(angle), atol=5e-4)
   np.testing.assert_allclose(sin, np.sin(angle), atol=5e-4)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize(
+  "more", [{}, {"beta_fast": 16, "truncate": False}, {"attention_factor": 0.5}]
+)
+def test_yarn_is_that_of_transformers(more):
+  """As Qwen advises for long inputs: factor 4 over 32,768 positions."""
+  import torch
+  from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as theirs
+  from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import (
+    Qwen2_5_VLTextConfig,
+  )
+
+  scaling = {
+    "rope_type": "yarn", "mrope_section": [16, 24, 24], "factor": 4.0, "rope_theta": 1e6,
+    "original_max_position_embeddings": 32768, **more,
+  }  # fmt: skip
+  described = Qwen2_5_VLTextConfig(
+    hidden_size=256,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    rope_parameters=scaling,
+  )
+  module = theirs.Qwen2_5_VLRotaryEmbedding(described)
+  yarn = config._yarn(scaling)
+  ours = rope.stretched(rope._frequencies(64, 1e6), 1e6, yarn)
+  np.testing.assert_allclose(ours, module.inv_freq.numpy(), rtol=2e-7)
+  position = np.random.default_rng(0).integers(0, 100_000, (2, 7, 3)).astype(np.int32)
+  x = torch.zeros(2, 7, 256)
+  cos, sin = module(x, torch.from_numpy(position.transpose(2, 0, 1)).long())
+  got = rope.mrope(jnp.array(position), (16, 24, 24), 1e6, yarn)
+  # theirs: [3 B T H], the axis of each frequency is taken later
+  axis = np.repeat(np.arange(3), (16, 24, 24))
+  for mine, other in zip(got, (cos, sin)):
+    other = other.numpy()[..., :64]
+    if other.ndim == 4:
+      other = np.stack([other[a, ..., j] for j, a in enumerate(axis)], -1)
+    # an angle of 1e5 is rounded to 4e-3 in f32; the frequencies differ by one bit
+    np.testing.assert_allclose(mine, other, atol=2e-2)
 
 
 def test_axial_is_rows_then_columns():

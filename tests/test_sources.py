@@ -132,7 +132,7 @@ def test_the_mark_of_windows_is_no_part_of_a_line(tmp_path):
 
 
 def test_numbers_are_answers_and_ids(tmp_path):
-  lines = [record(id=7, answer=3), record(answer=[3, "three"]), record(answer=True)]
+  lines = [record(id=7, answer=3), record(answer=[3, "three"]), record(answer={"a": 1})]
   rows = [{"question": "How many?", "answer": 0, "image": "a.png", "id": 0}]
   write(tmp_path / "x.jsonl", *lines, *rows)
   source = sources.open_source("jsonl:x.jsonl", root=tmp_path)

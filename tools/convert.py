@@ -15,10 +15,13 @@ of ours; on export, write only the adapters.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
+from collections.abc import Iterator
 
 import jax
 from tqdm import tqdm
@@ -31,18 +34,19 @@ from pixel_jax.run import checkpoint, policies
 
 def import_hf(source: str, out: str, dtype: str, adapter: str | None = None) -> None:
   """An HF folder -> a checkpoint of ours, sharded over all devices on the way."""
-  source, out = _folder(source), _fresh(out)
+  source = _folder(source)
   described = hf.read_config(source)
   config = model_config.from_hf(described)
-  with _Bar("import") as progress:
-    params = hf.import_checkpoint(source, config, _mesh(config), dtype, progress)
-  extra = {"model": described, "hf": str(source)}
-  _finish(out, config, params, extra, source, adapter)
+  with _whole(out) as folder:
+    with _Bar("import") as progress:
+      params = hf.import_checkpoint(source, config, _mesh(config), dtype, progress)
+    extra = {"model": described, "hf": str(source)}
+    _finish(folder, config, params, extra, source, adapter)
 
 
 def adapt(source: str, out: str, adapter: str) -> None:
   """A checkpoint of ours without adapters -> the same with those of a PEFT folder."""
-  source, out = _folder(source), _fresh(out)
+  source = _folder(source)
   extra = checkpoint.load_extra(source)
   if extra.get("lora"):
     raise ValueError(
@@ -50,8 +54,9 @@ def adapt(source: str, out: str, adapter: str) -> None:
       "put the others on it."
     )
   config = model_config.from_hf(extra["model"])
-  params, _ = checkpoint.load_params(source, None, _spread(config))
-  _finish(out, config, params, extra, source / "tokenizer", adapter)
+  with _whole(out) as folder:
+    params, _ = checkpoint.load_params(source, None, _spread(config))
+    _finish(folder, config, params, extra, source / "tokenizer", adapter)
 
 
 def _finish(out, config, params, extra, companions, adapter) -> None:
@@ -62,30 +67,38 @@ def _finish(out, config, params, extra, companions, adapter) -> None:
   print("writing ...")
   checkpoint.save_params(out, params, extra)
   copied = hf.copy_companions(companions, out / "tokenizer")
-  print(f"{_size(params)} -> {out}: params/, extra.json, tokenizer/ ({copied} files)")
-  if not (out / "tokenizer" / "tokenizer.json").is_file():
-    print(f"no tokenizer.json in {companions}: add one to {out}/tokenizer before a run")
+  print(f"{_size(params)}: params/, extra.json, tokenizer/ ({copied} files)")
+  words = out / "tokenizer"
+  two = all((words / name).is_file() for name in ("vocab.json", "merges.txt"))
+  if not two and not (words / "tokenizer.json").is_file():
+    print(
+      f"{companions} has no tokenizer.json, nor vocab.json and merges.txt: add them to "
+      "tokenizer/ before a run"
+    )
 
 
 def export_hf(source: str, out: str, dtype: str | None, adapter: bool = False) -> None:
   """A checkpoint of ours, or a workdir -> an HF folder, or a PEFT folder."""
-  source, out = _folder(source), _fresh(out)
+  source = _folder(source)
   extra = checkpoint.load_extra(source)
   found = extra.get("lora") and lora.Config(**extra["lora"])
   config = model_config.from_hf(extra["model"], lora=found)
-  print("reading ...")
-  params, _ = checkpoint.load_params(source, None, _spread(config))
-  if adapter:
-    peft.write(config, params, out, base=extra.get("hf"), dtype=dtype or "float32")
-    print(f"-> {out}: adapter_config.json, adapter_model.safetensors")
-    return
-  dtype = dtype or "bfloat16"
-  with _Bar("export") as progress:
-    hf.export_checkpoint(config, params, out, dtype, progress=progress)
-  copied = hf.copy_companions(source / "tokenizer", out)
-  if codec := policies.read_codec(source):
-    (out / policies.OURS).write_text(json.dumps({"codec": codec}, indent=1) + "\n")
-  print(f"{_size(params)} -> {out}: config.json, *.safetensors and {copied} more files")
+  with _whole(out) as folder:
+    print("reading ...")
+    params, _ = checkpoint.load_params(source, None, _spread(config))
+    if adapter:
+      base = extra.get("hf")
+      peft.write(config, params, folder, base=base, dtype=dtype or "float32")
+      print("adapter_config.json, adapter_model.safetensors")
+      return
+    dtype = dtype or "bfloat16"
+    with _Bar("export") as progress:
+      hf.export_checkpoint(config, params, folder, dtype, progress=progress)
+    copied = hf.copy_companions(source / "tokenizer", folder)
+    if codec := policies.read_codec(source):
+      text = json.dumps({"codec": codec}, indent=1) + "\n"
+      (folder / policies.OURS).write_text(text)
+    print(f"{_size(params)}: config.json, *.safetensors and {copied} more files")
 
 
 def _spread(config: model_config.ModelConfig):
@@ -105,11 +118,24 @@ def _folder(path: str) -> pathlib.Path:
   return folder
 
 
-def _fresh(path: str) -> pathlib.Path:
-  folder = pathlib.Path(path).expanduser().resolve()
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise FileExistsError(f"--out={folder} is not empty; give a new folder.")
-  return folder
+@contextlib.contextmanager
+def _whole(path: str) -> Iterator[pathlib.Path]:
+  """A folder to write into, which is --out once all of it is there, and gone before."""
+  out = pathlib.Path(path).expanduser().resolve()
+  if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    raise FileExistsError(f"--out={out} is not empty; give a new folder.")
+  partial = out.with_name(out.name + ".partial")
+  shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+  partial.mkdir(parents=True)  # told now where nobody may write
+  try:
+    yield partial
+    if out.exists():
+      out.rmdir()
+    partial.rename(out)
+  except BaseException:
+    shutil.rmtree(partial, ignore_errors=True)
+    raise
+  print(f"in {out}")
 
 
 def _size(params: dict) -> str:

@@ -17,12 +17,15 @@ import contextlib
 import dataclasses
 import json
 import time
+from typing import TypedDict
 
 from tqdm import tqdm
 
 from pixel_jax import parallel, trajectory
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import sources, world
+from pixel_jax.fields import NonNegativeInt, Seed
+from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import engine, placement
 from pixel_jax.run import bucket, checkpoint, policies, settings, start
 from pixel_jax.synthesis import distill, export, journal, teacher
@@ -35,6 +38,7 @@ def main(config, workdir):
       "--workdir: the journal of what the teacher was paid for is written line by line, "
       "which a bucket cannot take; give a local folder"
     )
+  settings.check(config, SECTIONS)
   start.open_workdir(workdir, config)
   codec = open_codec(config, workdir)
   source = settings.call("data", sources.open_source, codec=codec, **config.data)
@@ -57,6 +61,27 @@ def main(config, workdir):
       f"{report['open']} seeds are open ({report['open_detail']}); the same command asks "
       "for these alone"
     )
+
+
+class Fields(TypedDict):
+  """The fields outside of sections."""
+
+  seed: Seed
+  seeds: NonNegativeInt
+  init: str
+  local: str
+
+
+SECTIONS = {  # what takes the fields of each section of the config
+  "": (Fields,),
+  "codec": (encode.Codec, settings.Named),
+  "data": (sources.open_source,),
+  "recipe": (distill.Recipe,),
+  "teacher": (teacher.Teacher,),
+  "endpoint": (teacher.endpoint,),
+  "model": (ModelConfig, settings.Model),
+  "engine": (engine.Engine,),
+}
 
 
 def open_codec(config, workdir) -> encode.Codec:

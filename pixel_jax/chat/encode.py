@@ -17,21 +17,25 @@ Not here: which tokens are sampled, when to stop, what an answer is worth.
 
 import copy
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import PIL
+from annotated_types import Len
 from PIL import Image
 
+from pixel_jax import fields
 from pixel_jax.chat import template, tools
 from pixel_jax.chat.tokenizer import Part, Tokenizer
 from pixel_jax.chat.tools import Operation
+from pixel_jax.fields import PositiveInt
 from pixel_jax.pixels import geometry, image, ops
 from pixel_jax.trajectory import Media, OpCall, Slot, Task, Trajectory
 
 ROLES = ("image", "video", "crop", "frame")
-STOPS = ("answer", "turns", "length")
+STOPS = ("answer", "turns", "length", "row")
 # (fewest, most) pixels; pixel_reasoner.md 1.9, the column of RL training.
 RELEASED_BUDGETS = {
   "image": (4 * 784, 2000 * 784),
@@ -39,6 +43,8 @@ RELEASED_BUDGETS = {
   "crop": (4 * 784, 1000 * 784),
   "frame": (4 * 784, 400 * 784),
 }
+
+Pair = Annotated[Sequence[PositiveInt], Len(2, 2)]  # fewest, most
 
 # Opens what a Media names: an image (PIL), or a video with .frames, .seconds_per_frame.
 LoadMedia = Callable[[Media], Any]
@@ -49,8 +55,8 @@ class Codec:
   """How conversations become ids and pixels: one for SFT, rollout and evaluation."""
 
   tokenizer: Tokenizer
-  profile: str = "clean"
-  budgets: Mapping[str, tuple[int, int]] = dataclasses.field(
+  profile: Literal["clean", "released"] = "clean"
+  budgets: Mapping[str, Pair] = dataclasses.field(
     default_factory=lambda: dict(RELEASED_BUDGETS)
   )  # role -> (fewest, most) pixels; of a frame for "video"
   tokens_per_second: float = 2.0  # of the checkpoint's config
@@ -59,17 +65,17 @@ class Codec:
   temporal: int = image.TEMPORAL
   merge: int = image.MERGE
   tools: bool = True  # False: no operations are offered, every turn is an answer
-  video_frames: int = 16  # of a longer clip, so many are shown, evenly spaced
-  crop_source: str = "original"  # "view": crops from what was shown, as released
+  video_frames: PositiveInt = 16  # of a longer clip, so many are shown, evenly spaced
+  crop_source: Literal["original", "view"] = (
+    "original"  # "view": crops from what was shown, as released
+  )
   operations: tuple[Operation, ...] = ()  # of yours, beside the two
   # Bicubic resize to (width, height).  The engine may put one here that runs on its
   # device (pixels/resample.py); the bytes are the same.
   resize: Callable[[Image.Image, tuple[int, int]], Image.Image] = image.bicubic
 
   def __post_init__(self):
-    tools.check_profile(self.profile)
-    if self.crop_source not in ("original", "view"):
-      raise ValueError(f"{self.crop_source=}: allowed are original, view")
+    fields.check(Codec, vars(self))
     names = self.operation_names
     roles = {o.role for o in self.operations}
     if len(set(names)) < len(names) or not roles <= {"crop", "frame"}:
@@ -82,22 +88,28 @@ class Codec:
         f"budgets are given for {sorted(self.budgets)}; expected {sorted(ROLES)}"
       )
     for role, (fewest, most) in self.budgets.items():
-      if not 0 < fewest <= most:
+      if fewest > most:
         raise ValueError(
-          f"budgets[{role!r}] is {(fewest, most)}; expected 0 < fewest <= most pixels"
+          f"budgets[{role!r}] is {(fewest, most)}; expected fewest <= most pixels"
         )
 
   @property
   def operation_names(self) -> tuple[str, ...]:
     return (*tools.OPERATIONS, *(o.name for o in self.operations))
 
+  def view_size(self, picture: Image.Image, role: str) -> tuple[int, int]:
+    """(width, height) of a picture in the pixel budget of its role."""
+    fewest, most = self.budgets[role]
+    height, width = image.smart_resize(
+      picture.height, picture.width, min_pixels=fewest, max_pixels=most,
+      factor=self.patch * self.merge,
+    )  # fmt: skip
+    return width, height
+
   def shrink(self, picture: Image.Image, role: str) -> Image.Image:
     """The view of a picture in the pixel budget of its role."""
-    fewest, most = self.budgets[role]
-    factor = self.patch * self.merge
-    return image.resize(
-      picture, min_pixels=fewest, max_pixels=most, factor=factor, by=self.resize
-    )
+    size = self.view_size(picture, role)
+    return picture if picture.size == size else self.resize(picture, size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,16 +152,7 @@ class Conversation:
     self.seen = ops.Seen()
     self._next = 0  # M-RoPE position of what follows
     shown = question_pictures(codec, task, load_media)
-    system = tools.system_prompt(codec.profile, codec.tools, codec.operations)
-    text = task.question + tools.user_suffix(codec.profile, codec.tools)
-    content = [
-      *({"type": s.picture.kind} for s in shown),
-      {"type": "text", "text": text},
-    ]
-    messages = [
-      {"role": "system", "content": system},
-      {"role": "user", "content": content},
-    ]
+    messages = question_messages(codec, task)
     self._append(messages, template.prompt(messages), shown)
 
   # ---- Growing -----------------------------------------------------------------------
@@ -184,7 +187,7 @@ class Conversation:
 
   def observe(self, observation: tools.Observation) -> None:
     """Closes the policy's turn and appends the answer to its call."""
-    codec, t = self.codec, self.trajectory
+    codec = self.codec
     views = observation.views or [
       codec.shrink(i, observation.role) for i in observation.images
     ]
@@ -196,16 +199,23 @@ class Conversation:
       )
       for i, (source, view) in enumerate(zip(observation.images, views, strict=True))
     ]
+    self._reply(observation.text, shown)
+
+  def ask(self, question: str) -> None:
+    """Closes the policy's turn and appends another question, about the same pictures."""
+    self._reply(question, [])
+
+  def _reply(self, said: str, shown: Sequence[Shown]) -> None:
     # A turn that was cut off has no end of its own.
-    closed = t.ids[-1] == codec.tokenizer.im_end
+    closed = self.trajectory.ids[-1] == self.codec.tokenizer.im_end
     end = ("\n" if closed else template.END + "\n", True)
-    text = {"type": "text", "text": observation.text}
+    text = {"type": "text", "text": said}
     message = {"role": "user", "content": [text, *[{"type": "image"}] * len(shown)]}
     parts = [end, *template.turn(message), (template.GENERATION, True)]
     self._append([message], parts, shown)
 
   def finish(self, stop: str) -> Trajectory:
-    """Marks why the conversation ended: an answer, too many turns, or its length."""
+    """Marks why the conversation ended: one of `STOPS`."""
     if stop not in STOPS:
       raise ValueError(f"{stop=}: allowed are {', '.join(STOPS)}")
     self.trajectory.stop = stop
@@ -314,6 +324,45 @@ class Conversation:
     self.seen.pictures.append(shown.picture)
 
 
+# ---- The question --------------------------------------------------------------------
+
+
+def question_messages(codec: Codec, task: Task) -> list[dict]:
+  """The system's turn, and the user's with the pictures and the question."""
+  system = tools.system_prompt(codec.profile, codec.tools, codec.operations)
+  text = task.question + tools.user_suffix(codec.profile, codec.tools)
+  pictures = [{"type": media.kind} for media in task.media]
+  return [
+    {"role": "system", "content": system},
+    {"role": "user", "content": [*pictures, {"type": "text", "text": text}]},
+  ]
+
+
+def measure(codec: Codec, task: Task, load_media: LoadMedia) -> tuple[int, list[int]]:
+  """Tokens of the prompt of a `Conversation`, and patches of each of its pictures.
+
+  Nothing is resized, and what a conversation would refuse is raised here, too.
+  """
+  patches = []
+  for media in task.media:
+    loaded = load_media(media)
+    _check_kind(media, task)
+    is_video = media.kind == "video"
+    picture = loaded.frames[0] if is_video else loaded
+    frames = min(len(loaded.frames), codec.video_frames) if is_video else 1
+    width, height = codec.view_size(picture, media.kind)
+    grid = -(-frames // codec.temporal), height // codec.patch, width // codec.patch
+    patches.append(math.prod(grid))
+  ids = codec.tokenizer.encode_parts(template.prompt(question_messages(codec, task)))
+  pads = sum(n // codec.merge**2 - 1 for n in patches)  # one of each is there
+  return len(ids) + pads, patches
+
+
+def _check_kind(media: Media, task: Task) -> None:
+  if media.kind not in ("image", "video"):
+    raise ValueError(f"{media.kind=} of task {task.id}: allowed are image, video")
+
+
 # ---- Pictures ------------------------------------------------------------------------
 
 
@@ -350,6 +399,7 @@ def question_pictures(codec: Codec, task: Task, load_media: LoadMedia) -> list[S
   result = []
   for i, media in enumerate(task.media):
     loaded = load_media(media)
+    _check_kind(media, task)
     slot = {"role": media.kind, "media": i}
     if media.kind == "video":
       frames, seconds = loaded.frames, loaded.seconds_per_frame
@@ -360,11 +410,9 @@ def question_pictures(codec: Codec, task: Task, load_media: LoadMedia) -> list[S
       source = frames
       view = views = view_frames(frames, "video", codec)
       slot["second_per_grid"] = float(seconds * codec.temporal)
-    elif media.kind == "image":
+    else:
       source, view = loaded, codec.shrink(loaded, "image")
       views = [view]
-    else:
-      raise ValueError(f"{media.kind=} of task {task.id}: allowed are image, video")
     picture = ops.Picture(media.kind, source, view)
     result.append(Shown(picture, lay_out(views, codec), slot))
   return result

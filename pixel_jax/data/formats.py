@@ -11,11 +11,16 @@ become media named `NAME/KEY/...`.
   messages, or prompt with completion     HF conversational rows (TRL)    a trace
   prompt with reward_model   verl, DeepEyes                               a question
   question with answer(s)    PixelReasoner-RL-Data and -EvalData          a question
+  query with response        ms-swift                                     a question
+  problem with solution      open-r1-multimodal                           a question
   image or video, no question     a bare one, for synthesis
 
-A trace that is *told* has turns and calls, and no ids yet: `retell` says it again in
-our protocol (system prompt, tool names, numbering) and runs its calls again, so that
-its ids and its pictures are exact.  What the record shows as a result is only compared.
+A conversation may ask again after an answer, about the same pictures: every answer is
+learned, and the question of the trace is the first.
+
+A trace that is *told* has turns and calls, and no ids yet: `retell` says it again in our
+protocol (system prompt, tool names, numbering) and runs its calls again, so that its ids
+and its pictures are exact.  What the record shows as a result is only compared.
 
 Deviations: pictures stand before the question, also where a record has them behind or
 in between; `crop_image`, `zoom_in`, `image_zoom_in_tool` and Mini-o3's <grounding>
@@ -25,13 +30,17 @@ the policy are learned, as released (pixel_reasoner.md 2.5).
 """
 
 import dataclasses
+import functools
 import json
 import re
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
+
 from pixel_jax import answers, trajectory
 from pixel_jax.chat import template, tools
+from pixel_jax.data import records
 from pixel_jax.data.records import BadRecord
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 
@@ -50,6 +59,7 @@ HINTS = re.compile(
   r"\\boxed\{\}\.\s*)\Z",
   re.DOTALL,
 )
+PAIRS = (("query", "response"), ("problem", "solution"))
 HOLES = {"<image>": "image", "<video>": "video"}
 HOLE = re.compile("|".join(HOLES))
 
@@ -96,12 +106,18 @@ def _read(record, name) -> Task | Trajectory:
     return _verl(record, name)
   if "question" in record and ("answer" in record or "answers" in record):
     return _question(record, name)
+  for asked, answered in PAIRS:
+    if asked in record and answered in record:
+      own = _id(record, name)
+      return _asked(own, record[asked], record[answered], _column(record, name))
   if record.keys() & {"image", "video"} and "question" not in record:
+    _say_unread(record)
     return Task(_id(record, name), "", "", _column(record, name))
   raise BadRecord(
     f"the fields {sorted(record)[:12]} are those of no layout known here: "
     f"a task has {', '.join(NEEDED)}; others message_list, conversations, messages, "
-    "prompt and reward_model, question and answer, or image alone"
+    "prompt and reward_model, question and answer, query and response, problem and "
+    "solution, or image alone"
   )
 
 
@@ -121,6 +137,22 @@ def check_task(task: Task) -> None:
     raise BadRecord(f"task {task.id}: no answer ({task.answer!r}); give it a text")
   if not isinstance(task.question, str) or not task.question.strip():
     raise BadRecord(f"task {task.id}: no question ({task.question!r})")
+
+
+@functools.cache  # once a kind of record
+def _warn_unread(fields: tuple[str, ...]) -> None:
+  logging.warning(
+    "records with a picture and no question are bare pictures; of them nobody reads %s",
+    ", ".join(fields),
+  )
+
+
+def _say_unread(record) -> None:
+  own = {"image", "images", "video", "videos", "id", "qid", "question_id", "uid"}
+  if unread := sorted(
+    k for k, v in record.items() if isinstance(v, str) and k not in own
+  ):
+    _warn_unread(tuple(unread))
 
 
 # ---- Questions -----------------------------------------------------------------------
@@ -184,10 +216,20 @@ def _asked(own: str, question: Any, answer: Any, media: list[Media]) -> Task:
 
 
 def _gold(answer: Any) -> str:
-  if isinstance(answer, bool) or not isinstance(answer, str | int | float):
+  if not isinstance(answer, str | int | float):
     raise BadRecord(f"no answer ({answer!r:.60}); give it a text")
-  box = answers.boxed(text := str(answer))
+  text = str(answer).lower() if isinstance(answer, bool) else str(answer)
+  box = answers.boxed(_box_answer(text))
   return (text if box is None else box).strip()
+
+
+def _box_answer(text: str) -> str:
+  """A text whose last <answer>..</answer> is a \\boxed{..} instead."""
+  before, opened, rest = text.rpartition("<answer>")
+  inside, closed, after = rest.partition("</answer>")
+  if not (opened and closed):
+    return text
+  return f"{before}\\boxed{{{inside.strip()}}}{after}"
 
 
 def clean(question: str) -> str:
@@ -250,7 +292,7 @@ def _path(x: Any, place: str) -> str:
       if x.get(key) is not None:
         return _path(x[key], f"{place}/{key}")
   if isinstance(x, str) and x.strip():
-    if x.startswith("data:"):
+    if x.startswith("data:") or records.is_base64(x):
       return place
     if re.match(r"(?:https?|ftp|s3|gs)://", x):
       raise BadRecord(f"media {x[:80]!r} lies in the net; download it below data.root")
@@ -370,15 +412,13 @@ def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
   if not turns or len(turns) % 2:
     raise BadRecord(f"{len(turns)} turns; expected to end with one of the assistant")
   asked, said = turns[0], [_in_protocol(t.text, turns[0]) for t in turns[1::2]]
-  before, opened, rest = said[-1].rpartition("<answer>")
-  inside, closed, after = rest.partition("</answer>")
-  if opened and closed:
-    said[-1] = f"{before}\\boxed{{{inside.strip()}}}{after}"
-  answer = answers.boxed(said[-1])
+  said = [_box_answer(text) for text in said]
+  first = next((x for x in said if tools.parse_call(x, "clean") is None), said[-1])
+  answer = answers.boxed(first)  # of the question; others may follow
   task = Task(
     own,
     clean(asked.text),
-    (said[-1] if answer is None else answer).strip(),
+    (first if answer is None else answer).strip(),
     asked.media,
   )
   check_task(task)
@@ -386,18 +426,25 @@ def _told(own: str, turns: list[Turn], last: int = 0) -> Trajectory:
   t.turns.append({"role": "user", "text": task.question})
   for i, text in enumerate(said):
     call, final = tools.parse_call(text, "clean"), i == len(said) - 1
-    if (call is None) != final:
+    next_turn = None if final else turns[2 * i + 2]
+    if call is None and not final and next_turn.media:
       raise BadRecord(
-        f"turn {2 * i + 1} of the assistant {'ends with a call' if final else 'is no call'}"
-        f": {text[-60:]!r}; expected calls, then an answer"
+        f"turn {2 * i + 1} of the assistant is no call: {text[-60:]!r}, and pictures "
+        "follow it; expected them behind a call, or in the first question"
+      )
+    if call is not None and final:
+      raise BadRecord(
+        f"turn {2 * i + 1} of the assistant ends with a call: {text[-60:]!r}; expected "
+        "an answer"
       )
     t.turns.append({"role": "assistant", "text": text})
     if call is not None:
       planted = bool(last) and i < len(said) - last
       t.calls.append(OpCall(call.name, call.arguments, planted=planted))
-      result = turns[2 * i + 2]
-      shown = template.IMAGE * len(result.media)
-      t.turns.append({"role": "user", "text": result.text + shown})
+    if next_turn is not None:  # a result, or another question
+      shown = template.IMAGE * len(next_turn.media)
+      words = next_turn.text if call is not None else clean(next_turn.text)
+      t.turns.append({"role": "user", "text": words + shown})
   return t
 
 

@@ -13,8 +13,9 @@ what would inflate without bound is refused.
 
 import pathlib
 import threading
+import unicodedata
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from PIL import Image
@@ -57,6 +58,19 @@ class Held:
       self._room -= size
       self._found[key] = loaded
     return self._found[key]
+
+
+def _spellings(path: str) -> Iterator[str]:
+  """A path as it is, and as other systems write it: Windows parts it by backslashes, Macs
+  take letters and their accents apart (NFD)."""
+  seen = set()
+  for parted in (path, path.replace("\\", "/")):
+    for spelled in (
+      parted, *(unicodedata.normalize(form, parted) for form in ("NFC", "NFD"))
+    ):  # fmt: skip
+      if spelled not in seen:
+        seen.add(spelled)
+        yield spelled
 
 
 class Library:
@@ -125,9 +139,10 @@ class Library:
     if not full.is_file():
       broken = [z for z in self._archives() if isinstance(self._zip(z), BadRecord)]
       but = f" ({', '.join(broken)}: cannot be read)" if broken else ""
+      near = self._near(name)
       raise BadRecord(
         f"media path {name!r}: no file {full}, nor in an archive below the root{but}; "
-        "check data.root"
+        + (f"did you mean {near}?" if near else "check data.root")
       )
     return full
 
@@ -140,20 +155,40 @@ class Library:
     known = path.startswith(("world:", "zip:")) or (
       "#" in path and path.partition(":")[0] in records.SCHEMES
     )
-    if known or records.resolve(path, self.root).is_file():
+    if known:
       return path
-    first, _, rest = path.partition("/")
-    members = {
-      name: opened.NameToInfo
-      for name in self._archives()
-      if isinstance(opened := self._zip(name), zipfile.ZipFile)
-    }
-    for archive, inside in members.items():
-      if path in inside:
-        return f"zip:{archive}!{path}"
-    if rest in members.get(f"{first}.zip", ()):
-      return f"zip:{first}.zip!{rest}"
+    members = None
+    for spelled in _spellings(path):
+      if records.resolve(spelled, self.root).is_file():
+        return spelled
+      if members is None:
+        members = {
+          name: opened.NameToInfo
+          for name in self._archives()
+          if isinstance(opened := self._zip(name), zipfile.ZipFile)
+        }
+      for archive, inside in members.items():
+        if spelled in inside:
+          return f"zip:{archive}!{spelled}"
+      first, _, rest = spelled.partition("/")
+      if rest in members.get(f"{first}.zip", ()):
+        return f"zip:{first}.zip!{rest}"
     return path  # it is absent; to load it says so
+
+  def _near(self, path: str) -> str:
+    """The file below the root whose name differs from this in case alone; ""."""
+    at, found = pathlib.Path(self.root or "."), []
+    for part in pathlib.PurePosixPath(path.replace("\\", "/")).parts:
+      wanted = unicodedata.normalize("NFC", part).casefold()
+      try:
+        names = sorted(p.name for p in at.iterdir())
+      except OSError:
+        return ""
+      same = [n for n in names if unicodedata.normalize("NFC", n).casefold() == wanted]
+      if not same:
+        return ""
+      at, found = at / same[0], [*found, same[0]]
+    return "/".join(found) if at.is_file() else ""
 
   def records(self, uri: str) -> records.Records:
     """The records of a URI, opened once."""

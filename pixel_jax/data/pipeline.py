@@ -20,7 +20,7 @@ import functools
 import inspect
 import pathlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import numpy as np
@@ -31,7 +31,11 @@ from pixel_jax.data.media import Held
 from pixel_jax.data.quarantine import Bad, DataError, LeftOut, Quarantine, attempt
 from pixel_jax.data.retell import retell
 from pixel_jax.data.stream import Stream
+from pixel_jax.fields import PositiveInt, Seed, Share
 from pixel_jax.trajectory import Task, Trajectory
+
+# (tokens of a prompt, patches of each picture) -> why it has no room; "" where it has.
+Refuses = Callable[[int, list[int]], str]
 
 
 def open_batches(uri: str, codec: encode.Codec, **settings: Any) -> Stream:
@@ -47,7 +51,7 @@ def open_tasks(uri: str, codec: encode.Codec, **settings: Any) -> Stream:
 
 
 def open_fixed(
-  uri: str, codec: encode.Codec, *, tasks: int, **settings: Any
+  uri: str, codec: encode.Codec, *, tasks: PositiveInt, **settings: Any
 ) -> "Questions":
   """The first `tasks` questions of what a URI names, as `fixed_tasks` takes them."""
   source, plan = _open(uri, codec, settings)
@@ -66,18 +70,19 @@ def batches(
   source: Any,
   codec: encode.Codec,
   *,
-  seed: int,
-  rows: int,
-  tokens: int,
-  patches: int,
-  pack_window: int = 256,
-  shards: int = 1,
-  max_bad_share: float = 0.01,
+  seed: Seed,
+  rows: PositiveInt,
+  tokens: PositiveInt,
+  patches: PositiveInt,
+  pack_window: PositiveInt = 256,
+  shards: PositiveInt = 1,
+  max_bad_share: Share = 0.01,
+  changed: Literal["refuse", "accept"] = "refuse",
   workdir: str | pathlib.Path | None = None,
   host: int = 0,
   hosts: int = 1,
-  threads: int = 1,
-  read_ahead: int = 3,
+  threads: PositiveInt = 1,
+  read_ahead: PositiveInt = 3,
   apart: bool = False,
   place: Callable[[dict], Any] | None = None,
 ) -> Stream:
@@ -92,6 +97,7 @@ def batches(
     patches: P of a row.
     pack_window: records of a shard that are packed together.
     max_bad_share: of the records of a shard; more is an error.
+    changed: whether a run goes on whose data was changed (`Stream.set_state`).
     threads: that decode and resize; they do not change the batches.
     read_ahead: batches made in advance.
     apart: pictures instead of patches, as in `pack.collate`.
@@ -141,25 +147,38 @@ def batches(
     "patches": patches,
   }
   start = {"window": 0, "row": 0, "aside": [0, 0], "counts": [0, 0, 0]}
-  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead, place)
+  return Stream(
+    produce,
+    layout,
+    {str(s): start for s in mine},
+    read_ahead,
+    place,
+    changed == "accept",
+  )
 
 
 def tasks(
   source: Any,
   *,
-  seed: int,
-  shards: int,
-  batch: int,
-  max_bad_share: float = 0.01,
+  seed: Seed,
+  shards: PositiveInt,
+  batch: PositiveInt,
+  max_bad_share: Share = 0.01,
+  changed: Literal["refuse", "accept"] = "refuse",
   workdir: str | pathlib.Path | None = None,
   host: int = 0,
   hosts: int = 1,
-  read_ahead: int = 1,
+  read_ahead: PositiveInt = 1,
+  refuses: Refuses | None = None,
 ) -> Stream:
   """Endless `Questions`: this host's block of `batch` of them.
 
-  A question whose answer is missing or whose media cannot be read is set aside, so that
-  no rollout meets it.
+  A question whose answer is missing, whose media cannot be read or which the engine has
+  no room for is set aside, so that no rollout meets it.
+
+  Args:
+    changed: as in `batches`.
+    refuses: why the engine does not take a prompt (`rollout.engine.Engine.refuses`).
   """
   mine = _own_shards(source, batch, shards, host, hosts, "batch")
   each = batch // shards
@@ -167,7 +186,9 @@ def tasks(
 
   def produce(state):
     def make(index: int, shard: int):
-      return attempt(index, lambda: usable_task(source, index, held.load, shard))
+      return attempt(
+        index, lambda: usable_task(source, index, held.load, shard, refuses)
+      )
 
     streams = [
       _tasks(
@@ -187,7 +208,8 @@ def tasks(
 
   layout = {"seed": seed, "shards": shards, "records": len(source)}
   start = {"next": 0, "aside": [0, 0], "counts": [0, 0, 0]}
-  return Stream(produce, layout, {str(s): start for s in mine}, read_ahead)
+  shards_before = {str(s): start for s in mine}
+  return Stream(produce, layout, shards_before, read_ahead, accept=changed == "accept")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,16 +221,22 @@ class Questions:
 
 
 def usable_task(
-  source: Any, index: int, load_media: encode.LoadMedia, shard: int = 0
+  source: Any,
+  index: int,
+  load_media: encode.LoadMedia,
+  shard: int = 0,
+  refuses: Refuses | None = None,
 ) -> Task:
   """A record as a question; raises when no rollout could be made of it."""
   record = source[index]
   task = record.task if isinstance(record, Trajectory) else record
   formats.check_task(task)
   load_media = _watched(source, load_media)
-  if source.codec and (source.filter.min_tokens or source.filter.max_tokens):
-    prompt = encode.Conversation(source.codec, task, load_media).trajectory
-    _refuse(source.filter.refuses(tokens=len(prompt.ids)))
+  if source.codec:
+    tokens, patches = encode.measure(source.codec, task, load_media)
+    _refuse(source.filter.refuses(tokens=tokens))
+    if why := refuses(tokens, patches) if refuses else "":
+      raise records.BadRecord(f"task {task.id}: {why}")
   else:
     for media in task.media:
       load_media(media)
@@ -240,6 +268,7 @@ def fixed_tasks(
   shards: int = 1,
   host: int = 0,
   hosts: int = 1,
+  refuses: Refuses | None = None,
 ) -> list[Task]:
   """This host's part of the first `count` questions that can be used, shard by shard.
 
@@ -255,7 +284,7 @@ def fixed_tasks(
       if not left:
         break
       made = attempt(
-        i, functools.partial(usable_task, source, i, source.load_media, shard)
+        i, functools.partial(usable_task, source, i, source.load_media, shard, refuses)
       )
       if not isinstance(made, Bad):
         good.append(made)

@@ -76,7 +76,7 @@ class Records:
     _, file, at = self._at(i)
     try:
       record = plain(file[at])
-    except (ValueError, TypeError, RecursionError) as error:
+    except Exception as error:  # a damaged file: its reader raises anything
       raise BadRecord(f"{self.name(i)}: {_short(error)}") from error
     if not isinstance(record, dict):
       raise BadRecord(
@@ -101,16 +101,16 @@ class Records:
 
 
 def value(record: Any, keys: list[str], name: str) -> bytes:
-  """The bytes at a path of keys in a record: as they are, or out of a data: URI."""
+  """The bytes at a path of keys in a record: as they are, or out of base64."""
   for key in keys:
     try:
       record = record[int(key)] if isinstance(record, list) else record[key]
     except (KeyError, IndexError, TypeError, ValueError) as error:
       raise BadRecord(f"media {name!r}: the record has no {key!r}") from error
-  if isinstance(record, str) and record.startswith("data:"):
-    _, _, text = record.partition("base64,")
+  if isinstance(record, str) and (record.startswith("data:") or is_base64(record)):
     try:
-      record = base64.b64decode(text, validate=True)
+      text = record.partition("base64,")[2] if record.startswith("data:") else record
+      record = base64.b64decode("".join(text.split()), validate=True)
     except binascii.Error as error:
       raise BadRecord(f"media {name[:80]!r}: {error} in its base64") from error
   if not isinstance(record, bytes) or not record:
@@ -119,6 +119,16 @@ def value(record: Any, keys: list[str], name: str) -> bytes:
       f"{'none' if record == b'' else type(record).__name__}"
     )
   return record
+
+
+# How pictures begin in base64: JPEG, PNG, GIF, WebP, BMP and TIFF of either byte order.
+ENCODED = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR", "Qk", "SUkqA", "TU0AK")
+LONGEST_PATH = 255  # a picture is longer than that in base64, the name of a file is not
+
+
+def is_base64(text: str) -> bool:
+  """Whether a text is a picture in base64 without data: before it."""
+  return len(text) > LONGEST_PATH and text.startswith(ENCODED)
 
 
 def plain(x: Any) -> Any:

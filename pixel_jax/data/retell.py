@@ -27,6 +27,8 @@ def retell(
     trace.add_sampled(ids, weight=0.0 if planted else 1.0)
     observation = trace.call_of_last_turn(planted=planted)
     if observation is None:
+      if i < len(said) - 1:
+        trace.ask(results[i])
       continue
     if observation.error and not planted:  # nobody should learn it
       raise BadRecord(

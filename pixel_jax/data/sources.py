@@ -27,6 +27,7 @@ from PIL import Image
 
 from pixel_jax.data import formats, media, records, world
 from pixel_jax.data.records import BadRecord, SourceError
+from pixel_jax.fields import NonNegativeInt, PositiveFloat
 from pixel_jax.pixels import video
 from pixel_jax.trajectory import Media, Task, Trajectory
 
@@ -72,8 +73,8 @@ def open_source(
   *,
   root: str | pathlib.Path = "",
   codec: Any = None,
-  weights: Sequence[float] = (),
-  filter: Mapping[str, int] | None = None,
+  weights: Sequence[PositiveFloat] = (),
+  filter: Mapping[str, NonNegativeInt] | None = None,
   synthesis: Any = None,
   layout: formats.Layout | None = None,
 ) -> "World | File | Mixture":

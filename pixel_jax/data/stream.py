@@ -8,6 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+from absl import logging
+
 from pixel_jax.data.quarantine import DataError
 
 
@@ -30,8 +32,11 @@ class Stream:
     shards: dict[str, dict],
     read_ahead: int,
     place: Callable[[Any], Any] | None = None,
+    accept: bool = False,
   ):
+    """`accept`: whether a state of other data is gone on from, see `set_state`."""
     self._produce, self._depth, self._place = produce, read_ahead, place
+    self._accept = accept
     self._state = {"layout": layout, "shards": shards}
     self._reader: _Reader | None = None
     self._ready: tuple[Any, dict] | Exception | None = None  # prepared
@@ -66,7 +71,11 @@ class Stream:
     return json.loads(json.dumps(self._state))
 
   def set_state(self, state: dict) -> None:
-    """Goes on behind what was consumed when `state` was taken."""
+    """Goes on behind what was consumed when `state` was taken.
+
+    DataError where it was taken of other data.  With `accept` as many records are passed
+    over as were consumed, in the order of today's data.
+    """
     mine = self._state
     different = {
       k: (state["layout"].get(k), v)
@@ -74,13 +83,19 @@ class Stream:
       if state["layout"].get(k) != v
     }
     missing = sorted(set(mine["shards"]) - set(state["shards"]), key=int)
-    if different or missing:
+    told = f"the data of the saved run differs (saved, now): {different}"
+    if missing or (different and not self._accept):
       raise DataError(
-        f"the data of the saved run differs (saved, now): {different}; shards without "
-        f"a state: {missing}. Continue with the same data section, or start a new run."
+        f"{told}; shards without a state: {missing}. Continue with the same data; or with "
+        "this, in another order than it began: --config.data.changed=accept; or start a "
+        "new run"
       )
     self.close()
     shards = {s: state["shards"][s] for s in mine["shards"]}
+    if different:
+      logging.warning("%s: accepted, what follows comes in another order", told)
+      if different.keys() - {"records"}:  # rows are packed in another way
+        shards = {s: at | {"row": 0} if "row" in at else at for s, at in shards.items()}
     self._state = {"layout": mine["layout"], "shards": shards}
 
   def counts(self) -> dict[str, float]:

@@ -7,8 +7,11 @@ loads is a checkpoint that is computed right.
 """
 
 import dataclasses
-from typing import Any
+import math
+from typing import Any, Literal
 
+from pixel_jax import fields
+from pixel_jax.fields import PositiveInt
 from pixel_jax.model.lora import Config as Adapters
 
 
@@ -56,6 +59,23 @@ class VisionConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class Yarn:
+  """YaRN (Peng et al. 2023), which stretches the positions a model was trained for.
+
+  factor: how far; original: the positions it was trained for.
+  fast, slow: turns within these of the frequencies that stay, and that are stretched.
+  attention: cos and sin are scaled by it.
+  """
+
+  factor: float
+  original: int
+  fast: float = 32.0
+  slow: float = 1.0
+  attention: float = 1.0
+  truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class TextConfig:
   vocab: int = 152_064
   width: int = 3584
@@ -68,6 +88,7 @@ class TextConfig:
   norm_eps: float = 1e-6
   tied: bool = False
   max_positions: int = 128_000  # written to config.json; nothing here depends on it
+  yarn: Yarn | None = None
 
   def __post_init__(self):
     if self.width % self.heads:
@@ -99,11 +120,15 @@ class ModelConfig:
   bos_token: int = 151_643
   eos_token: int = 151_645
   # How it runs; no checkpoint depends on what follows.
-  dtype: str = "float32"  # of the activations; parameters are cast to it, norms are not
-  remat: str = "none"  # what the backward pass computes again; `layers.run`
+  # Of the activations; parameters are cast to it, norms are not.
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  # What the backward pass computes again; `layers.run`.
+  remat: Literal["none", "dots", "qkvo", "full"] = "none"
   scan_layers: bool = True  # False: unrolled, faster for 2-3 layers on a CPU
-  attention: str = "xla"  # "impl" of attention.py: "splash" on TPUs, "cudnn" on GPUs
-  logp_chunk: int = 1024  # tokens of the whole batch whose logits exist at one time
+  # "impl" of attention.py: "splash" on TPUs, "cudnn" on GPUs.
+  attention: Literal["xla", "splash", "cudnn"] = "xla"
+  # Tokens of the whole batch whose logits exist at one time.
+  logp_chunk: PositiveInt = 1024
   lora: Adapters | None = None  # adapters in the tree, stored with its weights
 
   @property
@@ -112,22 +137,12 @@ class ModelConfig:
     return dataclasses.replace(self, lora=None)
 
   def __post_init__(self):
+    fields.check(ModelConfig, vars(self))
     if self.vision.out_width != self.text.width:
       raise ValueError(
         f"vision gives features of width {self.vision.out_width}, the text model reads "
         f"{self.text.width}."
       )
-    for name, allowed in {
-      "dtype": ("float32", "bfloat16"),
-      "remat": ("none", "dots", "qkvo", "full"),
-      "attention": ("xla", "splash", "cudnn"),
-    }.items():
-      if getattr(self, name) not in allowed:
-        raise ValueError(
-          f"model.{name} is {getattr(self, name)!r}; allowed: {', '.join(allowed)}."
-        )
-    if self.logp_chunk < 1:
-      raise ValueError(f"model.logp_chunk is {self.logp_chunk}; it must be positive.")
 
 
 def tiny(vocab_size: int, **fields: Any) -> ModelConfig:
@@ -196,7 +211,8 @@ def from_hf(hf: dict[str, Any], **fields: Any) -> ModelConfig:
     raise ValueError(
       f"text layer_types are {sorted(kinds)}; only full_attention is implemented."
     )
-  rope = _rope(text, ("default", "mrope"), {"mrope_section"}, theta=1_000_000.0)
+  kinds, known = ("default", "mrope", "yarn"), {"mrope_section", *YARN}
+  rope = _rope(text, kinds, known, theta=1_000_000.0)
   if "mrope_section" not in rope:
     raise ValueError(
       f"config.json has no mrope_section in rope_scaling or rope_parameters ({rope}); "
@@ -246,6 +262,7 @@ def from_hf(hf: dict[str, Any], **fields: Any) -> ModelConfig:
       mlp=get(text, "intermediate_size"),
       mrope_section=tuple(rope["mrope_section"]),
       rope_theta=float(rope["rope_theta"]),
+      yarn=_yarn(rope),
       # transformers' class default is 1e-5; the published files all say 1e-6.
       norm_eps=float(get(text, "rms_norm_eps", 1e-5)),
       # Older v5 files keep the flag in text_config.
@@ -303,7 +320,7 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     "max_position_embeddings": t.max_positions,
     "rms_norm_eps": t.norm_eps,
     "rope_theta": t.rope_theta,
-    "rope_scaling": {"type": "mrope", "mrope_section": list(t.mrope_section)},
+    "rope_scaling": _rope_scaling(t),
     "use_sliding_window": False,
     "attention_dropout": 0.0,
     "initializer_range": 0.02,
@@ -318,6 +335,39 @@ def to_hf(config: ModelConfig) -> dict[str, Any]:
     "vision_end_token_id": config.vision_end,
     "vision_config": vision,
   }
+
+
+# Fields of rope_scaling and ours.
+YARN = {
+  "factor": "factor",
+  "original_max_position_embeddings": "original",
+  "beta_fast": "fast",
+  "beta_slow": "slow",
+  "attention_factor": "attention",
+  "truncate": "truncate",
+}
+
+
+def _yarn(rope: dict[str, Any]) -> Yarn | None:
+  """That of rotary parameters; transformers' `_compute_yarn_parameters` reads the same."""
+  if "yarn" not in (rope.get("type"), rope.get("rope_type")):
+    return None
+  found = {ours: rope[k] for k, ours in YARN.items() if rope.get(k) is not None}
+  if missing := [
+    k for k in ("factor", "original_max_position_embeddings") if k not in rope
+  ]:
+    raise ValueError(f"config.json asks for yarn and lacks {', '.join(missing)}.")
+  if "attention" not in found:
+    found["attention"] = 0.1 * math.log(max(found["factor"], 1.0)) + 1.0
+  kinds = {"original": int, "truncate": bool}
+  return Yarn(**{k: kinds.get(k, float)(v) for k, v in found.items()})
+
+
+def _rope_scaling(t: TextConfig) -> dict[str, Any]:
+  section = {"mrope_section": list(t.mrope_section)}
+  if t.yarn is None:
+    return {"type": "mrope"} | section
+  return {"type": "yarn", **section, **{k: getattr(t.yarn, v) for k, v in YARN.items()}}
 
 
 def _require(

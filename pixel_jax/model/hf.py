@@ -6,7 +6,6 @@ A host never holds more than a tensor (import) or a file (export).  Not here: to
 hub itself, what a forward pass computes.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -18,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from pixel_jax.model import config as model_config
 from pixel_jax.model import lora, table
@@ -107,14 +107,11 @@ def import_checkpoint(
     dtype: of the parameters made; float32 holds bf16 and f16 files exactly.
     progress: called with (bytes of parameters made, bytes in all).
   """
-  with contextlib.ExitStack() as files:
-    tensors = _check(config, open_tensors(directory, files), str(directory))
-    return load(config, table.rows(config), tensors, shardings, dtype, progress)
+  tensors = _check(config, open_tensors(directory), str(directory))
+  return load(config, table.rows(config), tensors, shardings, dtype, progress)
 
 
-def open_tensors(
-  directory: str | pathlib.Path, files: contextlib.ExitStack
-) -> dict[str, Tensor]:
+def open_tensors(directory: str | pathlib.Path) -> dict[str, Tensor]:
   """The tensors of a folder by name, over all its safetensors."""
   from safetensors import SafetensorError, safe_open
 
@@ -134,7 +131,7 @@ def open_tensors(
   tensors = {}
   for shard in shards:
     try:
-      file = files.enter_context(safe_open(directory / shard, framework="numpy"))
+      file = safe_open(directory / shard, framework="numpy")
     except SafetensorError as error:
       raise ValueError(
         f"{directory / shard} is not a whole safetensors file ({error}); is it a "
@@ -149,9 +146,17 @@ def open_tensors(
         )
       tensors[name] = (
         tuple(view.get_shape()),
-        functools.partial(file.get_slice, name),
+        functools.partial(_slice, directory / shard, name),
       )
   return tensors
+
+
+def _slice(file: pathlib.Path, name: str) -> Any:
+  """A tensor of a file that is opened for it alone: what was read of a file that stays
+  open counts as memory of this process, in the end a whole checkpoint."""
+  from safetensors import safe_open
+
+  return safe_open(file, framework="numpy").get_slice(name)
 
 
 def load(
@@ -179,8 +184,10 @@ def load(
       params[row.path] = _zeros(shape, dtype, sharding)()
       put, sharding, shape = _put(sharding), _of_layer(sharding), shape[1:]
     for layer in range(table.depth(config, row)):
-      tensor = tensors[row.name.format(layer=layer)][1]()
-      x = _to_device(functools.partial(_read, config, row, tensor), shape, sharding)
+      name = row.name.format(layer=layer)
+      read = functools.partial(_read, config, row, name, tensors[name][1]())
+      x = _to_device(read, shape, sharding)
+      del read  # and the file behind it
       if row.stacked:
         # Waiting for the layer before keeps two of them on the host, not all.
         jax.block_until_ready(params[row.path])
@@ -197,6 +204,10 @@ def _check(
   config: ModelConfig, tensors: Mapping[str, Tensor], source: str
 ) -> dict[str, Tensor]:
   want = table.names(config)
+  ends = ("emb.inv_freq", "emb.original_inv_freq")
+  if buffers := [n for n in tensors if n.endswith(ends)]:
+    logging.info("%s: %s are computed, not read", source, _listed(buffers))
+    tensors = {n: x for n, x in tensors.items() if n not in buffers}
   names = {hub_name(n): n for n in tensors}
   # Some tied checkpoints repeat the embedding as a head; a head of its own is refused.
   if config.text.tied and names.keys() - want.keys() == {"lm_head.weight"}:
@@ -263,7 +274,7 @@ def hub_name(name: str) -> str:
 
 
 def _read(
-  config: ModelConfig, row: table.Row, tensor: Any, index: tuple[slice, ...]
+  config: ModelConfig, row: table.Row, name: str, tensor: Any, index: tuple[slice, ...]
 ) -> np.ndarray:
   """The part `index` of one layer of ours, reading as little of `tensor` as it can.
 
@@ -283,11 +294,26 @@ def _read(
     where.append(slice(start * stride, stop * stride))
     lengths += [stop - start, *(size[a] for a in rest)]
     inside += [slice(None), *(part[a] for a in rest)]
-  x = np.asarray(tensor[tuple(where)]).reshape(lengths)[tuple(inside)]
+  x = np.asarray(tensor[tuple(where)])
+  if not _is_finite(x):
+    raise ValueError(
+      f"{name} holds numbers that are not finite; its file is damaged, or its training "
+      "diverged.  Fetch it again, or take another checkpoint"
+    )
+  x = x.reshape(lengths)[tuple(inside)]
   x = table.permute(x, theirs, ours)
   # An axis of ours made of several has been read whole.
   x = x[tuple(i if len(g) > 1 else slice(None) for g, i in zip(ours, index))]
   return _packed(x)
+
+
+def _is_finite(x: np.ndarray) -> bool:
+  """By the bits, because numpy is slow with dtypes that are not its own."""
+  bits, ones = {  # a NaN or an infinity has an exponent of ones
+    "float32": (np.uint32, 0x7F800000), "bfloat16": (np.uint16, 0x7F80),
+    "float16": (np.uint16, 0x7C00),
+  }[x.dtype.name]  # fmt: skip
+  return not ((x.view(bits) & bits(ones)) == bits(ones)).any()
 
 
 def _to_device(

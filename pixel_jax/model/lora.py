@@ -8,13 +8,15 @@ forward pass (`layers.Linear`), PEFT's files (`peft.py`).
 
 import dataclasses
 import functools
-import math
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pixel_jax import fields
+from pixel_jax.fields import PositiveFloat, PositiveInt
 
 LEAVES = ("/lora_a", "/lora_b")  # how the path of an adapter ends
 TEXT = "^text/blocks/"  # q, k, v, o, gate, up and down of the text model
@@ -30,11 +32,12 @@ class Config:
     "text/blocks/q", "vision/blocks/qkv".
   """
 
-  rank: int
-  alpha: float
+  rank: PositiveInt
+  alpha: PositiveFloat
   targets: Sequence[str] = (TEXT,)  # a tuple once it is made
 
   def __post_init__(self):
+    fields.check(Config, vars(self))
     if isinstance(self.targets, str) or not self.targets:
       raise ValueError(
         f"targets={self.targets!r}; give a tuple of regular expressions, ({TEXT!r},)."
@@ -47,10 +50,6 @@ class Config:
         raise ValueError(
           f"target {pattern!r} is no regular expression: {error}."
         ) from error
-    if self.rank < 1:
-      raise ValueError(f"rank={self.rank}; it must be positive.")
-    if not (math.isfinite(self.alpha) and self.alpha > 0):
-      raise ValueError(f"alpha={self.alpha}; it must be positive and finite.")
 
   @property
   def scale(self) -> float:

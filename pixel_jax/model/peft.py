@@ -7,7 +7,6 @@ read as well.  PEFT's lora_A.weight is [r in], lora_B.weight [out r].  Not here:
 adapter is (`lora.py`), the base model's files (`hf.py`).
 """
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -55,23 +54,21 @@ def read(
   alpha = float(described["lora_alpha"]) * (
     math.sqrt(rank) if described.get("use_rslora") else 1.0
   )
-  with contextlib.ExitStack() as files:
-    tensors = {
-      name.removeprefix(PREFIX): x
-      for name, x in hf.open_tensors(directory, files).items()
-    }
-    config = dataclasses.replace(
-      config, lora=lora.Config(rank, alpha, _targets(config, tensors, directory))
-    )
-    rows = table.adapters(config)
-    tensors = hf.check(
-      {name: table.hf_shape(config, r) for name, r, _ in table.tensors(config, rows)},
-      tensors,
-      f"{directory} is not an adapter of this model",
-      f"Names must begin with {PREFIX}, and every layer must be adapted alike, with rank "
-      f"{rank} of adapter_config.json.",
-    )
-    return config.lora, hf.load(config, rows, tensors, layout(config))
+  tensors = {
+    name.removeprefix(PREFIX): x for name, x in hf.open_tensors(directory).items()
+  }
+  config = dataclasses.replace(
+    config, lora=lora.Config(rank, alpha, _targets(config, tensors, directory))
+  )
+  rows = table.adapters(config)
+  tensors = hf.check(
+    {name: table.hf_shape(config, r) for name, r, _ in table.tensors(config, rows)},
+    tensors,
+    f"{directory} is not an adapter of this model",
+    f"Names must begin with {PREFIX}, and every layer must be adapted alike, with rank "
+    f"{rank} of adapter_config.json.",
+  )
+  return config.lora, hf.load(config, rows, tensors, layout(config))
 
 
 def write(

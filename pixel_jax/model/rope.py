@@ -7,21 +7,54 @@ width (M-RoPE); the vision tower repeats H/4 frequencies for row and column.  Po
 themselves are made on the host (`pixels/geometry.py`).
 """
 
+import math
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
+
+from pixel_jax.model.config import Yarn
 
 Table = tuple[Float[Array, "B T half"], Float[Array, "B T half"]]
 
 
 def mrope(
-  position: Int[Array, "B T 3"], section: tuple[int, ...], theta: float
+  position: Int[Array, "B T 3"],
+  section: tuple[int, ...],
+  theta: float,
+  yarn: Yarn | None = None,
 ) -> Table:
   """cos, sin [B T H/2] of the text model; `section` deals out the frequencies."""
   half = sum(section)
   axis = np.repeat(np.arange(3), section)
-  angle = position.astype(jnp.float32)[..., axis] * _frequencies(half, theta)
-  return jnp.cos(angle), jnp.sin(angle)
+  frequencies, scale = _frequencies(half, theta), np.float32(1)
+  if yarn is not None:
+    frequencies = stretched(frequencies, theta, yarn)
+    scale = np.float32(yarn.attention)
+  angle = position.astype(jnp.float32)[..., axis] * frequencies
+  return jnp.cos(angle) * scale, jnp.sin(angle) * scale
+
+
+def stretched(frequencies: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
+  """YaRN: slow frequencies are divided by the factor, fast ones stay, between them a
+  ramp; as transformers' `_compute_yarn_parameters`."""
+  count = len(frequencies)
+
+  def where(
+    turns: float,
+  ) -> float:  # the frequency that turns so often over the original
+    return count * math.log(yarn.original / (turns * 2 * math.pi)) / math.log(theta)
+
+  low, high = where(yarn.fast), where(yarn.slow)
+  if yarn.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, 2 * count - 1)
+  if low == high:
+    high += 0.001
+  ramp = (np.arange(count, dtype=np.float32) - np.float32(low)) / np.float32(high - low)
+  stays = np.float32(1) - np.clip(ramp, 0, 1)
+  slow = np.float32(1) / (np.float32(yarn.factor) * (np.float32(1) / frequencies))
+  return (slow * (1 - stays) + frequencies * stays).astype(np.float32)
 
 
 def axial(position: Int[Array, "B T 2"], head_dim: int, theta: float) -> Table:

@@ -67,9 +67,8 @@ class Text(nnx.Module):
     self.head = None if c.tied else Linear("BTD,DV->BTV", (c.width, c.vocab), rngs=rngs)
 
   def table(self, position: Int[Array, "B T 3"]) -> rope.Table:
-    return rope.mrope(
-      position, self.config.text.mrope_section, self.config.text.rope_theta
-    )
+    t = self.config.text
+    return rope.mrope(position, t.mrope_section, t.rope_theta, t.yarn)
 
   def __call__(
     self,

@@ -7,10 +7,17 @@ to 1e-5 when the normalizer is the number of trained tokens: tests/golden/trl_gr
 """
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
+from annotated_types import Len
 from jaxtyping import Array, Float, Num
+
+from pixel_jax import fields
+from pixel_jax.fields import NonNegativeFloat
+
+Clip = Annotated[Sequence[NonNegativeFloat], Len(2, 2)]  # below 1, above 1
 
 
 def bounded(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
@@ -19,34 +26,23 @@ def bounded(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
   return jnp.clip(log_ratio, -20.0, 20.0)
 
 
-def check(
-  clip: Sequence[float],
-  sampler_cap: float | int = 0.0,
-  kl: float | int = 0.0,
-  dual_clip: float | int = 0.0,
-) -> None:
-  """Raises ValueError for settings of `loss` that would turn learning around."""
-  wrong = dual_clip < 0 or 0 < dual_clip <= 1
-  if wrong or len(clip) != 2 or min(*clip, sampler_cap, kl) < 0:
-    raise ValueError(
-      f"{clip=}, {sampler_cap=}, {kl=}, {dual_clip=}; clip is a pair, none is negative, "
-      "and dual_clip is 0 or above 1"
-    )
+DualClip = Annotated[float | int, fields.ZeroOrAbove(1)]  # it bounds a ratio
 
 
+@fields.checked
 def loss(
   logp: Float[Array, "B T"],
   logp_old: Float[Array, "B T"],
   advantage: Float[Array, "B T"],
   weight: Float[Array, "B T"],
   *,
-  clip: Sequence[float] = (0.2, 0.28),
+  clip: Clip = (0.2, 0.28),
   normalizer: Num[Array, ""] | float | int | None = None,
-  dual_clip: float | int = 0.0,
-  kl: float | int = 0.0,
+  dual_clip: DualClip = 0.0,
+  kl: NonNegativeFloat = 0.0,
   logp_reference: Float[Array, "B T"] | None = None,
   logp_sampler: Float[Array, "B T"] | None = None,
-  sampler_cap: float | int = 0.0,
+  sampler_cap: NonNegativeFloat = 0.0,
 ) -> tuple[Float[Array, ""], dict[str, Array]]:
   """The clipped policy loss, summed over tokens and divided by `normalizer`.
 
@@ -66,7 +62,6 @@ def loss(
   Returns:
     The loss, and metrics that are sums over tokens / normalizer, or end in _max.
   """
-  check(clip, sampler_cap, kl, dual_clip)
   if kl and logp_reference is None:
     raise ValueError("loss.kl is on, but logp_reference is missing; pass the reference")
   if sampler_cap and logp_sampler is None:

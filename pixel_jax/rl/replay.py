@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from pixel_jax import fields
+from pixel_jax.fields import NonNegativeFloat, NonNegativeInt
+
 
 class Replay:
   """The buffer of one logical shard.
@@ -25,9 +28,13 @@ class Replay:
     refill: False only drops the samples without an advantage.
   """
 
-  def __init__(self, alpha: float = 1.0, keep_steps: int = 0, refill: bool = True):
-    if alpha < 0 or keep_steps < 0:
-      raise ValueError(f"replay: {alpha=}, {keep_steps=}; neither may be negative")
+  @fields.checked
+  def __init__(
+    self,
+    alpha: NonNegativeFloat = 1.0,
+    keep_steps: NonNegativeInt = 0,
+    refill: bool = True,
+  ):
     self.alpha, self.keep_steps, self.refill = alpha, keep_steps, refill
     self._steps: list[list[Any]] = []  # samples with an advantage, oldest step first
 

@@ -14,12 +14,17 @@ published code reads those of the first group on the rank.
 """
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pixel_jax import fields
+from pixel_jax.fields import NonNegativeFloat
 
+
+@fields.checked
 @functools.partial(jax.jit, static_argnames=("variant", "count"))
 def shaped(
   correct: Float[Array, "Q G"],
@@ -29,12 +34,12 @@ def shaped(
   is_video: Bool[Array, " Q"] | None = None,
   unparsed: Bool[Array, "Q G"] | None = None,
   *,
-  alpha: float | Array = 0.5,
-  beta: float | Array = 0.05,
-  H: float | Array = 0.3,
-  N: float | Array = 1,
-  variant: str = "paper",
-  count: str = "success",
+  alpha: NonNegativeFloat | Array = 0.5,
+  beta: NonNegativeFloat | Array = 0.05,
+  H: NonNegativeFloat | Array = 0.3,
+  N: NonNegativeFloat | Array = 1,
+  variant: Literal["paper", "released"] = "paper",
+  count: Literal["success", "attempts"] = "success",
 ) -> dict[str, Array]:
   """Reward parts and their sum.
 
@@ -49,10 +54,6 @@ def shaped(
   Returns:
     correct, curiosity, penalty, total [Q G] and rapr [Q].
   """
-  if variant not in ("paper", "released"):
-    raise ValueError(f"reward.variant is {variant!r}; use 'paper' or 'released'")
-  if count not in ("success", "attempts"):
-    raise ValueError(f"reward.count is {count!r}; use 'success' or 'attempts'")
   uses = (ops_succeeded if count == "success" else ops_attempted) > 0
   rapr = uses.mean(axis=1, dtype=jnp.float32)
   bonus = alpha * jnp.maximum(H - rapr, 0.0)

@@ -22,13 +22,16 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
 from absl import logging
+from annotated_types import Gt, Le
 
+from pixel_jax import fields
 from pixel_jax.chat.encode import Codec, Conversation
+from pixel_jax.fields import NonNegativeFloat, NonNegativeInt, Number, PositiveInt
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.pixels import resample
@@ -80,42 +83,37 @@ class Engine:
     zoom: who resizes pictures and crops, PIL on the "host" or the "device"; same bytes.
   """
 
+  @fields.checked
   def __init__(
     self,
     config: ModelConfig,
     codec: Codec,
     *,
-    group_size: int = 1,
-    slots: int,
-    max_prompt: int,
-    max_len: int,
-    prompt_len: int,
-    extend_len: int,
-    patches: int,
-    prompt_rows: int | None = None,
-    extend_rows: int | None = None,
-    pages: int | None = None,
-    chunk: int = 16,
-    delay: int = 1,
-    lag: int = 0,
-    views: Sequence[int] | None = None,
-    workers: int = 2,
-    zoom: str = "host",
+    group_size: PositiveInt = 1,
+    slots: PositiveInt,
+    max_prompt: PositiveInt,
+    max_len: PositiveInt,
+    prompt_len: PositiveInt,
+    extend_len: PositiveInt,
+    patches: PositiveInt,
+    prompt_rows: PositiveInt | None = None,
+    extend_rows: PositiveInt | None = None,
+    pages: PositiveInt | None = None,
+    chunk: PositiveInt = 16,
+    delay: NonNegativeInt = 1,
+    lag: NonNegativeInt = 0,
+    views: Sequence[PositiveInt] | None = None,
+    workers: PositiveInt = 2,
+    zoom: Literal["host", "device"] = "host",
   ):
-    if zoom not in ("host", "device"):
-      raise ValueError(f"{zoom=} is unknown; allowed: 'host', 'device'.")
     if zoom == "device":
       codec = dataclasses.replace(codec, resize=resample.Resize())
-    least = min(group_size, slots, prompt_len, extend_len, chunk)
-    if least < 1 or not 0 < max_prompt < max_len - 1:
+    if max_prompt >= max_len - 1:
       raise ValueError(
-        f"{group_size=}, {slots=}, {max_prompt=}, {max_len=}, {prompt_len=}, "
-        f"{extend_len=}, {chunk=}: all are positive and a prompt leaves room for an "
-        "answer (max_prompt < max_len - 1)."
+        f"{max_prompt=}, {max_len=}: a prompt leaves room for an answer, so max_prompt "
+        "is below max_len - 1"
       )
-    if min(delay, lag) < 0:
-      raise ValueError(f"{delay=}, {lag=}: numbers of chunks, 0 or more.")
-    if patches < 4 or patches % 4:
+    if patches % 4:
       raise ValueError(
         f"{patches=}: a positive multiple of 4 (2 x 2 patches a feature)."
       )
@@ -169,16 +167,17 @@ class Engine:
     step: int,
     group_size: int,
     load_media: Callable,
-    max_turns: int,
-    max_new_tokens: int,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
+    max_turns: PositiveInt,
+    max_new_tokens: PositiveInt,
+    temperature: NonNegativeFloat = 1.0,
+    top_p: Annotated[Number, Gt(0), Le(1)] = 1.0,
+    top_k: NonNegativeInt = 0,
     greedy: bool = False,
     force: str | None = None,
     script: Script | None = None,
     swap: Callable[[Task], Task] | None = None,
     fixed_batch: bool = False,
+    row: tuple[int, int] | None = None,
     progress: Callable[[int], None] | None = None,
   ) -> list[list[Finished]]:
     """Plays every task `group_size` times with one set of weights.
@@ -192,8 +191,11 @@ class Engine:
       temperature: 0 takes the likeliest token, as `greedy` does.
       max_turns: assistant turns; a call in the last one is not run (stop "turns").
       max_new_tokens: of one turn; a turn that does not end within them stops "length".
-      force: for evaluation.  "answer": no token that begins a call is ever drawn;
-        "operate": the first turn begins with a call.
+      row: tokens and patches that a rollout may have, so that a row of training holds it;
+        one that would have more ends (stop "row").  None = any.
+      force: for evaluation.  "answer": no token that begins a call is ever drawn, and a
+        call that is spelled in letters is not run; "operate": the first turn begins with
+        a call.
       script: ids that a rollout is made to say, turn by turn; beyond them it is free.
         A stop id ends the turn as ever, and log-probs are those of the model.
       swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
@@ -221,6 +223,8 @@ class Engine:
       max_patches=self.patches,
       max_turns=max_turns,
       max_new_tokens=max_new_tokens,
+      row=row,
+      operations=force != "answer",
     )
     ban = self._calls if force == "answer" else []
     table = self._table(params, sampling, ban, fixed_batch)
@@ -266,7 +270,7 @@ class Engine:
             starts[s.slot] = s
             if s.sample == 0 and not episode.fits:
               refused += 1
-              self.refusal = self._refusal(tasks[s.group], episode)
+              self.refusal = self._refusal(tasks[s.group], episode, row)
               logging.warning("set aside: %s", self.refusal)
         fits = {s: table.episodes[s.slot].fits for s in begun}
         with watch("prefill"):
@@ -327,6 +331,28 @@ class Engine:
       )
     return turns
 
+  def refuses(
+    self, tokens: int, patches: Sequence[int], row: tuple[int, int] | None = None
+  ) -> str:
+    """Why a prompt of so many tokens and pictures of so many patches is not played; "".
+
+    Args:
+      row: of `run`.
+    """
+    largest = max(patches, default=0)
+    if tokens - 1 > self.max_prompt or largest > self.patches:
+      return (
+        f"the prompt has {tokens} tokens and {largest} patches in its largest picture; "
+        f"the engine takes max_prompt={self.max_prompt} and patches={self.patches}.  "
+        "Raise these, or lower the pixel budgets"
+      )
+    if row and (tokens >= row[0] or sum(patches) > row[1]):
+      return (
+        f"the prompt has {tokens} tokens and {sum(patches)} patches, a row of training "
+        f"tokens={row[0]} and patches={row[1]}.  Raise these, or lower the pixel budgets"
+      )
+    return ""
+
   def _room(self, prompt: Conversation) -> int:
     """Ids that a conversation may have; none where its prompt is too long."""
     stored = len(prompt.trajectory.ids) - 1  # the last is fed when decoding begins
@@ -338,14 +364,11 @@ class Engine:
       conversation.swap_sources(swap(task), load_media)
     return conversation
 
-  def _refusal(self, task: Task, episode: Episode) -> str:
+  def _refusal(self, task: Task, episode: Episode, row) -> str:
     """Why a task is not played."""
-    largest = max((p.num_patches for p in episode.conversation.pixels), default=0)
-    return (
-      f"the prompt of task {task.id} has {len(episode.ids)} tokens and {largest} patches "
-      f"in its largest picture; the engine takes at most {self.max_prompt + 1} and "
-      f"{self.patches}. Raise `max_prompt` or `patches`, or lower the pixel budgets."
-    )
+    patches = {p.key: p.num_patches for p in episode.conversation.pixels}
+    why = self.refuses(len(episode.ids), list(patches.values()), row)
+    return f"task {task.id}: {why}"
 
   def _summary(
     self, table: Table, groups: int, refused: int, seconds: dict[str, float]

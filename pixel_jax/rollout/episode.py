@@ -8,12 +8,14 @@
 
 Why it stops: "answer", a turn that calls nothing; "turns", a call in the last turn that
 is allowed, which is not run; "length", a turn that does not end within its budget, or an
-observation (or a question: `refuse`) that does not fit.  Nothing that was said is ever
-dropped: the call that had no room keeps its turn and its outcome.
+observation (or a question: `refuse`) that does not fit; "row", what would fit, but not into
+a row of training.  Nothing that was said is ever dropped: the call whose observation had no
+room keeps its turn, and has the error "no_room".
 
 Not here: slots, caches, how an operation works.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 
 from pixel_jax.chat.encode import Conversation
@@ -29,6 +31,8 @@ class Episode:
     max_patches: of a picture at most.
     max_turns: turns of the policy; the last of them cannot operate.
     max_new_tokens: of one turn.
+    row: tokens, and patches of distinct pictures, that the whole may have; None = any.
+    operations: False runs none, so that a call ends the episode as in the last turn.
     script: ids that the policy is made to say, turn by turn; beyond them it is free.
   """
 
@@ -40,13 +44,16 @@ class Episode:
     max_patches: int,
     max_turns: int,
     max_new_tokens: int,
+    row: tuple[int, int] | None = None,
+    operations: bool = True,
     script: Sequence[Sequence[int]] = (),
   ):
     if min(max_turns, max_new_tokens) < 1:
       raise ValueError(f"{max_turns=}, {max_new_tokens=}: both must be positive.")
     self.conversation = conversation
     self._max_len, self._max_patches = max_len, max_patches
-    self._max_turns = max_turns
+    self._row_tokens, self._row_patches = row or (max_len, math.inf)
+    self._max_turns, self._operations = max_turns, operations
     self._max_new_tokens = max_new_tokens
     self._script = script
     self._turns = 0  # that have ended
@@ -64,12 +71,17 @@ class Episode:
   @property
   def fits(self) -> bool:
     """Whether the pictures are small enough, and one token has room."""
-    return self._fits(self.conversation)
+    return not self._overflow(self.conversation)
 
-  def _fits(self, conversation: Conversation) -> bool:
-    largest = max((p.num_patches for p in conversation.pixels), default=0)
-    room = self._max_len - len(conversation.trajectory.ids)
-    return room > 0 and largest <= self._max_patches
+  def _overflow(self, conversation: Conversation) -> str:
+    """Why a conversation has no room for another token; "" where it has."""
+    sizes = {p.key: p.num_patches for p in conversation.pixels}
+    length = len(conversation.trajectory.ids)
+    if length >= self._max_len or max(sizes.values(), default=0) > self._max_patches:
+      return "length"
+    if length >= self._row_tokens or sum(sizes.values()) > self._row_patches:
+      return "row"
+    return ""
 
   def shown(self, begin: int, end: int) -> Iterator[tuple[int, Pixels]]:
     """(first placeholder, picture) of the pictures that stand in ids[begin:end]."""
@@ -83,7 +95,7 @@ class Episode:
   def budget(self) -> int:
     """Tokens that the turn in progress may still have."""
     turn = len(self._turn[0])
-    room = self._max_len - len(self.ids) - turn
+    room = min(self._max_len, self._row_tokens) - len(self.ids) - turn
     return max(0, min(self._max_new_tokens - turn, room))
 
   @property
@@ -101,10 +113,11 @@ class Episode:
     self._turn = ([], [])
     self._turns += 1
     if not ended:
-      return self._done("length")
+      full = self._row_tokens < self._max_len and len(self.ids) >= self._row_tokens
+      return self._done("row" if full else "length")
     if self.conversation.last_call() is None:
       return self._done("answer")
-    if self._turns == self._max_turns:
+    if self._turns == self._max_turns or not self._operations:
       return self._done("turns")
     return "operate"
 
@@ -113,15 +126,16 @@ class Episode:
     observation = self.conversation.call_of_last_turn()
     longer = self.conversation.fork(self.conversation.trajectory.sample)
     longer.observe(observation)
-    if not self._fits(longer):
-      self._done("length")
+    if why := self._overflow(longer):
+      self.conversation.trajectory.calls[-1].error = "no_room"
+      self._done(why)
       return False
     self.conversation = longer
     return True
 
   def refuse(self) -> None:
     """Ends the episode before its first turn, because the question does not fit."""
-    self._done("length")
+    self._done(self._overflow(self.conversation))
 
   def _done(self, stop: str) -> str:
     self.conversation.finish(stop)

@@ -19,7 +19,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pixel_jax import parallel
+from pixel_jax import fields, parallel
+from pixel_jax.fields import NonNegativeFloat
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import pictures, placement
@@ -27,13 +28,14 @@ from pixel_jax.rollout import pictures, placement
 GIB = 1 << 30
 
 
+@fields.checked
 def open_bank(
   config: ModelConfig,
   params: dict,
   trained: Collection[str],
   *,
   patches: int,
-  gib: float,
+  gib: NonNegativeFloat,
 ) -> "Bank | None":
   """The bank of a run; None where the tower is trained, or `gib` is 0.
 
@@ -41,10 +43,8 @@ def open_bank(
     params: of the model, laid out on the train mesh.
     trained: paths of the parameters that have a gradient.
     patches: of a packed row, the largest picture.
-    gib: host memory of one process that features may take.
+    gib: host memory of one process that features may take; 0 encodes in every step.
   """
-  if gib < 0:
-    raise ValueError(f"gib={gib} of host memory; use 0 to encode in every step")
   if not is_wanted(trained, gib):
     return None
   return Bank(config, params["vision"], patches, int(gib * GIB))

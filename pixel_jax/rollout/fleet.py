@@ -18,6 +18,7 @@ from typing import Any
 import jax
 
 from pixel_jax import parallel
+from pixel_jax.fields import PositiveInt
 from pixel_jax.model import hf, qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import placement
@@ -43,7 +44,7 @@ class Fleet:
     mesh: jax.sharding.Mesh,
     *,
     shards: int,
-    tensor: int = 1,
+    tensor: PositiveInt = 1,
   ):
     rows = placement.engine_mesh(mesh, tensor).devices
     mine = sum(row[0].process_index == jax.process_index() for row in rows)
@@ -140,6 +141,10 @@ class Fleet:
       for i, group in zip(mine, future.result()):
         groups[i] = group
     return groups
+
+  def refuses(self, tokens: int, patches: Sequence[int], row=None) -> str:
+    """`Engine.refuses`; all engines are alike."""
+    return self.engines[0].refuses(tokens, patches, row)
 
   def stats(self) -> dict[str, float]:
     """Of the last run, over the engines of all hosts, which ask together."""

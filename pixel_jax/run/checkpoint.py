@@ -13,21 +13,25 @@ relative path or a full disk surface in a thread: both are errors here, in one l
 """
 
 import base64
+import contextlib
+import itertools
 import json
 import math
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from etils import epath
 from jax.sharding import SingleDeviceSharding
 
-from pixel_jax import parallel
+from pixel_jax import fields, parallel
+from pixel_jax.fields import PositiveInt
 from pixel_jax.run import bucket
 
 PARAMS, STATE, HOST = "params", "state", "host"
@@ -44,18 +48,29 @@ class Checkpoints:
   Args:
     workdir: the run; steps lie in workdir/checkpoints, or in the bucket behind it.
     keep: newest steps that stay.
+    keep_best: name of a metric; the step where it was best stays, too: where it was
+      least, if it is a loss.  "" = none.
     extra: JSON stored beside every step, what `load_params` gives back: as keywords,
       `Checkpoints(workdir, model=config.to_hf())`.
   """
 
-  def __init__(self, workdir: str | pathlib.Path, *, keep: int = 3, **extra: Any):
+  @fields.checked
+  def __init__(
+    self,
+    workdir: str | pathlib.Path,
+    *,
+    keep: PositiveInt = 3,
+    keep_best: str = "",
+    **extra: Any,
+  ):
     self._workdir = pathlib.Path(workdir).expanduser().resolve()
     self.directory = bucket.behind(self._workdir) / "checkpoints"
     self._extra = extra
+    self._kept = _Kept(keep, keep_best, _read_scores(self.directory))
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        max_to_keep=keep, cleanup_tmp_directories=True, create=True
+        preservation_policy=self._kept, cleanup_tmp_directories=True, create=True
       ),
     )
 
@@ -67,8 +82,12 @@ class Checkpoints:
   def has(self, step: int) -> bool:
     return step in self._manager.all_steps()
 
-  def save(self, step: int, state: dict, host: Any = None) -> None:
+  def save(
+    self, step: int, state: dict, host: Any = None, metrics: Mapping[str, float] = {}
+  ) -> None:
     """Writes `state` (with key "params") and `host` as `step`.
+
+    `metrics` are those of the step, among which `keep_best` is looked for.
 
     Returns once everything has left the device; the disk is written behind the run.
     The small files of a workdir in a bucket are copied there first: no step may last
@@ -78,9 +97,12 @@ class Checkpoints:
     self.wait()
     if self.has(step):
       raise CheckpointError(f"{self.directory}/{step} exists already; delete it first")
+    self._kept.add(step, metrics)
     host = merge(parallel.gather_json(encode(host)))
     items = {k: ocp.args.StandardSave(v) for k, v in _parts(state).items()} | {
-      HOST: ocp.args.JsonSave({"host": host, "extra": self._extra})
+      HOST: ocp.args.JsonSave(
+        {"host": host, "extra": self._extra, "scores": self._kept.scores}
+      )
     }
     if bad := nonfinite(state):
       raise self._failure(
@@ -114,11 +136,46 @@ class Checkpoints:
   def restore(self, state: dict, step: int | None = None) -> tuple[int, dict, Any]:
     """The newest step, or `step`, in the layout of `state` -> (step, state, host).
 
-    Where there is none: (0, state, None).
+    Where there is none: (0, state, None).  A newest step that is damaged is set aside, and
+    the one before it is taken; CheckpointError where there is none before it.
     """
-    step = self.latest() if step is None else step
-    if step is None:
-      return 0, state, None
+    if step is not None:
+      return self._restore(state, step)
+    while (newest := self.latest()) is not None:
+      try:
+        found, why = self._restore(state, newest), ""
+      except CheckpointError:
+        raise  # of another model or optimizer
+      except Exception as error:  # whatever orbax makes of half a file
+        why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+      if not parallel.agree(bool(why), "any"):
+        return found
+      told = (
+        f"step {newest} in {self.directory} is damaged ({why or 'on another host'})"
+      )
+      if complete_steps(self.directory) == [newest]:
+        raise CheckpointError(
+          f"{told}, and no other is there.  Bring it back, or begin with a new --workdir"
+        )
+      logging.warning("%s: it is set aside, and the one before it is taken", told)
+      self._set_aside(newest)
+    return 0, state, None
+
+  def _set_aside(self, step: int) -> None:
+    """Moves a damaged step to WORKDIR/damaged; in a bucket it is deleted."""
+    parallel.barrier("damaged")
+    if jax.process_index() == 0:
+      if isinstance(self.directory, pathlib.Path):
+        aside = self.directory.parent / "damaged"
+        aside.mkdir(exist_ok=True)
+        name = next(n for n in _names(step) if not (aside / n).exists())
+        (self.directory / str(step)).rename(aside / name)
+      else:
+        (self.directory / str(step)).rmtree()
+    parallel.barrier("set aside")
+    self._manager.reload()
+
+  def _restore(self, state: dict, step: int) -> tuple[int, dict, Any]:
     where = self.directory / str(step)
     parts = _parts(jax.tree.map(_abstract, state))
     for item, tree in parts.items():
@@ -146,6 +203,45 @@ class Checkpoints:
       f"checkpoint in {self.directory} not written: {error}; {kept}. Free some "
       "space or mend the cause, then run the same command again."
     )
+
+
+class _Kept(ocp.checkpoint_managers.PreservationPolicy):
+  """Which steps stay: the newest, and the best by a metric."""
+
+  def __init__(self, newest: int, metric: str, scores: dict[str, float]):
+    self.scores = scores  # by step; written into every step, so that none gets lost
+    self._newest, self._metric = newest, metric
+
+  def add(self, step: int, metrics: Mapping[str, float]) -> None:
+    if (
+      self._metric and self._metric in metrics and math.isfinite(metrics[self._metric])
+    ):
+      self.scores[str(step)] = float(metrics[self._metric])
+
+  def should_preserve(self, checkpoints, *, context) -> list[bool]:
+    steps = [c.step for c in checkpoints]
+    scores = {s: self.scores[str(s)] for s in steps if str(s) in self.scores}
+    choose = min if self._metric.endswith("loss") else max
+    best = (
+      choose(reversed(scores), key=scores.get) if scores else None
+    )  # of equal: newest
+    return [step == best or step in steps[-self._newest :] for step in steps]
+
+
+def _read_scores(directory: bucket.Folder) -> dict[str, float]:
+  """Those of a run that goes on; {} where the newest step cannot tell."""
+  newest = max(complete_steps(directory), default=None)
+  try:
+    host = ocp.JsonCheckpointHandler().restore(
+      epath.Path(directory / f"{newest}" / HOST)
+    )
+    return dict(host.get("scores", {}))
+  except Exception:  # there is none, or it is damaged, which `restore` tells
+    return {}
+
+
+def _names(step: int) -> Iterator[str]:
+  return itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
 
 
 def nonfinite(state: dict) -> list[str]:
@@ -217,7 +313,8 @@ def load_params(
   where = _locate(directory)
   if abstract is None:
     abstract = stored(directory)
-  _check(where / PARAMS, abstract)
+  with _told(where):
+    _check(where / PARAMS, abstract)
   if shardings is None:
     if jax.process_count() > 1:
       raise ValueError("load_params with several processes needs shardings")
@@ -226,25 +323,41 @@ def load_params(
   target = jax.tree.map(
     lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
   )
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _told(where), ocp.StandardCheckpointer() as checkpointer:
     params = checkpointer.restore(where / PARAMS, target)
   return params, load_extra(directory)
 
 
 def stored(directory: str | pathlib.Path) -> dict:
   """Tree of ShapeDtypeStruct of the parameters that `load_params` finds."""
-  return jax.tree.map(
-    lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype),
-    _stored(_locate(directory) / PARAMS),
-  )
+  where = _locate(directory)
+  with _told(where):
+    tree = _stored(where / PARAMS)
+  return jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype), tree)
+
+
+@contextlib.contextmanager
+def _told(where: bucket.Folder) -> Iterator[None]:
+  """Whatever orbax makes of half a file is a CheckpointError, in one line."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    why = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    raise CheckpointError(
+      f"{where} is damaged ({why}); name another step of the run, such as "
+      "RUN/checkpoints/50"
+    ) from error
 
 
 def load_extra(directory: str | pathlib.Path) -> dict:
   """The JSON beside the parameters; see `load_params` for what `directory` may be."""
   where = _locate(directory)
-  if (where / "extra.json").exists():
-    return json.loads((where / "extra.json").read_text())
-  return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
+  with _told(where):
+    if (where / "extra.json").exists():
+      return json.loads((where / "extra.json").read_text())
+    return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
 
 
 def fingerprint(directory: str | pathlib.Path) -> str:

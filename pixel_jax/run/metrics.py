@@ -12,17 +12,19 @@ import json
 import math
 import pathlib
 import re
+import secrets
 import shutil
 import struct
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import tqdm
 
 from pixel_jax.run import bucket
+from pixel_jax.run.settings import ConfigError
 
 # Dense bf16 peak of one jax device, FLOP/s (limits.md 2.1; a v7x chip is two).
 PEAK_FLOPS = {
@@ -54,7 +56,8 @@ class Writer:
     first_step: finished steps of the checkpoint that the run goes on from; what an
       earlier, killed process wrote after it is cut off (`cut_back`).
     total_steps: where the progress bar ends; None shows none.
-    wandb: keyword arguments of wandb.init (extra [wandb]); None does without.
+    wandb: arguments of `start_wandb`; None, or without a project, does without.
+    config: of the run, for W&B.
   """
 
   def __init__(
@@ -63,7 +66,8 @@ class Writer:
     *,
     first_step: int = 0,
     total_steps: int | None = None,
-    wandb: Mapping[str, Any] | None = None,
+    wandb: Mapping[str, str] | None = None,
+    config: Mapping[str, Any] | None = None,
   ):
     self._root = pathlib.Path(workdir).expanduser().resolve()
     self._seconds: dict[str, float] = {}
@@ -83,8 +87,8 @@ class Writer:
         self._bar = tqdm.tqdm(
           total=total_steps, initial=first_step, dynamic_ncols=True, disable=None
         )
-      if wandb is not None:
-        self._wandb = _start_wandb(self._root, wandb)
+      if wandb and wandb["project"]:
+        self._wandb = start_wandb(self._root, config, **wandb)
     count_compiles()
     self._since = time.perf_counter()
 
@@ -180,14 +184,43 @@ MAIN = {  # what the progress bar shows, where a run has it
 }
 
 
-def _start_wandb(root: pathlib.Path, options: Mapping[str, Any]):
+def start_wandb(
+  root: pathlib.Path,
+  config: Mapping[str, Any] | None = None,
+  *,
+  project: str,
+  entity: str = "",
+  name: str = "",
+  mode: Literal["online", "offline"] = "online",
+) -> Any:
+  """A run of W&B (extra [wandb]); that of this workdir goes on, its id lies in wandb_id.
+
+  Args:
+    project: "" = no W&B.
+    entity: user or team; "" = the default of the account.
+    name: of the run; "" = that of the workdir.
+    mode: "offline" writes into WORKDIR/wandb, which `wandb sync` uploads.
+  """
   try:
     import wandb
   except ImportError as error:
-    raise ImportError(
-      "metrics.wandb is set, but wandb is not installed: pip install pixel_jax[wandb]"
+    raise ConfigError(
+      "config.wandb.project is set, but wandb is not installed: pip install "
+      "'pixel_jax[wandb]'"
     ) from error
-  return wandb.init(dir=str(root), resume="allow", **options)
+  file = root / "wandb_id"
+  known = file.read_text().strip() if file.exists() else secrets.token_hex(4)
+  try:
+    run = wandb.init(
+      dir=str(root), id=known, resume="allow", project=project, entity=entity or None,
+      name=name or root.name, mode=mode, config=dict(config or {}),
+    )  # fmt: skip
+  except Exception as error:  # no key, no network
+    raise ConfigError(
+      f"config.wandb: {error}; `wandb login`, or --config.wandb.mode=offline"
+    ) from error
+  file.write_text(known + "\n")
+  return run
 
 
 # ---- Going back ----------------------------------------------------------------------

@@ -6,36 +6,48 @@ searched in it.  `split` parts the trained from the frozen ones; gradients, mome
 all that follows exist for the trained ones only.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 from absl import logging
+from annotated_types import Ge, Lt
 from jax.sharding import NamedSharding
 
-from pixel_jax import parallel
+from pixel_jax import fields, parallel
+from pixel_jax.fields import (
+  NonNegativeFloat,
+  NonNegativeInt,
+  Number,
+  PositiveFloat,
+  PositiveInt,
+  Share,
+)
 
 Schedule = Callable[[Any], jax.Array]
+Decay = Annotated[Number, Ge(0), Lt(1)]
 
 
+@fields.checked
 def make(
   params: dict,
   *,
-  lr: float,
-  total_steps: int,
-  schedule: str = "cosine",
-  warmup_steps: int = 0,
-  final_lr_ratio: float = 0.0,
-  b1: float = 0.9,
-  b2: float = 0.999,
-  eps: float = 1e-8,
-  weight_decay: float = 0.0,
-  clip_norm: float = 1.0,
+  lr: PositiveFloat,
+  total_steps: PositiveInt,
+  schedule: Literal["cosine", "constant"] = "cosine",
+  warmup_steps: NonNegativeInt = 0,
+  final_lr_ratio: Share = 0.0,
+  b1: Decay = 0.9,
+  b2: Decay = 0.999,
+  eps: NonNegativeFloat = 1e-8,
+  weight_decay: NonNegativeFloat = 0.0,
+  clip_norm: NonNegativeFloat = 1.0,
   freeze: Sequence[str] = (),
-  moment_dtype: str = "float32",
+  moment_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[optax.GradientTransformation, Schedule]:
   """The optimizer and its schedule.
 
@@ -74,20 +86,36 @@ def make(
 
 
 def begin(
-  params: dict, mesh: jax.sharding.Mesh, **settings: Any
-) -> tuple[optax.GradientTransformation, Schedule, dict]:
-  """The optimizer, its schedule, and the state of a run before its first step.
+  tx: optax.GradientTransformation,
+  params: dict,
+  freeze: Sequence[str],
+  mesh: jax.sharding.Mesh,
+) -> dict:
+  """The state of a run before its first step: all that an update reads and changes.
 
-  The state is {"params", "opt", "step"}: all that an update reads and changes.
+  It is {"params", "opt", "step"}; `params` are real, laid out on `mesh`.
+  """
+  step = jax.device_put(jnp.int32(0), parallel.replicated(mesh))
+  return {"params": params, "opt": init(tx, split(params, freeze)[0]), "step": step}
+
+
+def memory(
+  tx: optax.GradientTransformation, params: dict, freeze: Sequence[str]
+) -> int:
+  """Bytes of weights, gradients and moments on one device.
 
   Args:
-    params: real, laid out on `mesh`.
-    settings: those of `make`.
+    params: abstract, with shardings.
   """
-  tx, rate = make(params, **settings)
-  trained = split(params, settings.get("freeze", ()))[0]
-  step = jax.device_put(jnp.int32(0), parallel.replicated(mesh))
-  return tx, rate, {"params": params, "opt": init(tx, trained), "step": step}
+  trained = split(params, freeze)[0]
+  moments = jax.eval_shape(tx.init, trained)
+  placed = jax.tree.map(
+    lambda x, s: x.update(sharding=s), moments, state_shardings(tx, trained)
+  )
+  return sum(
+    math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+    for x in jax.tree.leaves((params, trained, placed))
+  )
 
 
 def make_schedule(
@@ -97,8 +125,6 @@ def make_schedule(
 
   The first step already moves (optax's warm-up begins at 0 and wastes it).
   """
-  if kind not in ("cosine", "constant"):
-    raise ValueError(f"optim.schedule is {kind!r}; use 'cosine' or 'constant'")
   if not 0 <= warmup_steps <= total_steps:
     raise ValueError(
       f"optim.warmup_steps = {warmup_steps} is not within 0 .. {total_steps} steps"
@@ -180,13 +206,12 @@ class Guard:
   """Counts the updates in a row that were left out because they were not finite.
 
   Args:
-    most: of them in a row; one more ends the run.
+    max_nonfinite: of them in a row; the last of these ends the run.
   """
 
-  def __init__(self, most: int):
-    if most < 1:
-      raise ValueError(f"max_nonfinite={most}; expected 1 or more updates in a row")
-    self._most, self._row = most, 0
+  @fields.checked
+  def __init__(self, max_nonfinite: PositiveInt):
+    self._most, self._row = max_nonfinite, 0
 
   def check(self, step: int, nonfinite: float, names: Sequence[str]) -> None:
     """Names the examples of an update that was left out; NonFiniteError after `most`."""

@@ -5,10 +5,11 @@ preset.  The codec holds the prompt profile and the pixel budgets.
 """
 
 import dataclasses
+import functools
 import json
 import pathlib
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -28,13 +29,29 @@ TINY_BASE = pathlib.Path(__file__).resolve().parents[1] / "data" / "tiny_base"
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What can talk.  `params` is a pure dict, sharded over the mesh it was opened on."""
+  """What can talk."""
 
   config: model_config.ModelConfig
   codec: encode.Codec
-  params: dict
-  source: str  # where the parameters came from
+  mesh: jax.sharding.Mesh
+  read: Callable[[], dict]  # the parameters
+  source: str  # where the parameters come from
   base: str | None = None  # the Hugging Face folder they were first imported from
+
+  @functools.cached_property
+  def params(self) -> dict:
+    """A pure dict, sharded over the mesh; read when it is first asked for, so that a
+    mistake in the settings is told before."""
+    return self.read()
+
+  @property
+  def abstract(self) -> dict:
+    """The shapes, dtypes and layout of `params` of a model that is trained as a whole."""
+    return jax.tree.map(
+      lambda x, s: x.update(sharding=s),
+      qwen2_5_vl.abstract(self.config),
+      layout(self.config, self.mesh),
+    )
 
   @property
   def extra(self) -> dict:
@@ -113,19 +130,22 @@ def open_policy(
     if hf.is_checkpoint(root):
       hf.copy_companions(root, workdir / "tokenizer")
     else:
-      bucket.fetch(root / "tokenizer", workdir / "tokenizer")
+      bucket.fetch(_words_of(root), workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
   call("lora", table.adapted, config)  # a target that matches nothing is told now
   if init:
     found = extra.get("lora") and lora.Config(**extra["lora"])
     whole = adapters is not None and asked is None
-    params = load(root, config, found, mesh=mesh, seed=seed, whole=whole)
+    read = functools.partial(
+      load, root, config, found, mesh=mesh, seed=seed, whole=whole
+    )
   else:
-    params = qwen2_5_vl.init(config, jax.random.key(seed), layout(config, mesh))
+    place = layout(config, mesh)
+    read = functools.partial(qwen2_5_vl.init, config, jax.random.key(seed), place)
   if codec is None:
     codec = read_codec(root)
   talk = make_codec(words, codec, config.vision)
-  return Policy(config, talk, params, init or "fresh", extra.get("hf"))
+  return Policy(config, talk, mesh, read, init or "fresh", extra.get("hf"))
 
 
 def make_codec(
@@ -183,8 +203,11 @@ def find(init: str | pathlib.Path) -> bucket.Folder:
 
 
 def _words_of(root: bucket.Folder) -> bucket.Folder:
-  """Where the tokenizer of a policy lies."""
-  return root if hf.is_checkpoint(root) else root / "tokenizer"
+  """Where the tokenizer of a policy lies; of RUN/checkpoints/50 it is that of the run."""
+  if hf.is_checkpoint(root):
+    return root
+  is_step = root.parent.name == "checkpoints" and not (root / "tokenizer").is_dir()
+  return (root.parent.parent if is_step else root) / "tokenizer"
 
 
 def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:

@@ -10,11 +10,14 @@ import importlib.util
 import os
 import pathlib
 import sys
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, TypedDict
 
 from absl import flags
 from ml_collections import ConfigDict
+
+from pixel_jax import fields
+from pixel_jax.fields import NonNegativeInt, PositiveInt, Seed
 
 
 class ConfigError(ValueError):
@@ -38,6 +41,88 @@ def imported(field: str, path: str) -> Any:
       f"config.{field}={path!r}: {error}; give MODULE.NAME of a module that can be "
       f"imported, or that lies in {os.getcwd()}"
     ) from error
+
+
+# ---- What every field may be ----------------------------------------------------------
+
+
+class Run(TypedDict, total=False):
+  """The fields of a training config outside of its sections; 0 steps mean never."""
+
+  seed: Seed
+  total_steps: PositiveInt
+  save_every: NonNegativeInt
+  eval_every: NonNegativeInt
+  keep_trajectories_every: NonNegativeInt
+  micro_batches: PositiveInt
+  init: str
+  judge: str
+  compiler: Mapping[str, Any]  # flags of XLA
+  topology: str
+  accelerator: str
+  chips: NonNegativeInt
+
+
+class Named(TypedDict):
+  """What a config names by dotted path, and a function takes as an object."""
+
+  layout: str  # of data
+  operations: Sequence[str]  # of codec
+
+
+class Model(TypedDict):
+  name: Literal["tiny", "3b", "7b", "32b", "72b"]
+
+
+class Adapters(TypedDict):
+  rank: NonNegativeInt  # 0 = none
+
+
+def check(config: ConfigDict, sections: Mapping[str, Sequence[Callable]]) -> None:
+  """Refuses what the functions that take the sections of a config do not allow.
+
+  Args:
+    sections: what takes the fields of each section, "" of those outside of any: functions
+      and classes, whose hints say what is allowed.  The hint of a later one counts.
+  """
+  wrong, known = [], {}
+  for section, takers in sections.items():
+    if section and not isinstance(config.get(section), ConfigDict):
+      raise ConfigError(
+        f"the config has no section {section!r}, which this program reads; is it the "
+        "config of another one? pixel-jax configs lists them"
+      )
+    allowed = {k: h for taker in takers for k, h in fields.hints(taker).items()}
+    for name, value in (config[section] if section else config).items():
+      path = f"{section}.{name}" if section else name
+      if not section and name in sections:
+        continue
+      if name not in allowed:
+        known |= {k: None for k in (f"{section}.{a}".strip(".") for a in allowed)}
+        wrong.append(unknown(path, known))
+        continue
+      value = value.to_dict() if isinstance(value, ConfigDict) else value
+      if why := fields.refusal(allowed[name], value):
+        usual = preset().get(path, value)
+        if usual != value and "did you mean" not in why:
+          why += f"; the config file has {usual!r}"
+        wrong.append(f"config.{path}={value!r}: {why}")
+  if wrong:
+    raise ConfigError("; ".join(wrong[:3]))
+
+
+def preset() -> dict[str, Any]:
+  """Fields of the config file of this program without overrides; {} where there is none."""
+  words, given = list(sys.argv), list(sys.argv)
+  try:
+    files = [w for w in with_config_path(words) if w.startswith("--config=")]
+    sys.argv = [words[0], files[-1]]  # config_flags looks there, too
+    flags.FLAGS(sys.argv)
+    return paths(flags.FLAGS["config"].value)
+  except Exception:
+    return {}
+  finally:
+    sys.argv = given
 
 
 def due(step: int, every: int, last: int = 0) -> bool:
@@ -112,15 +197,9 @@ def named(error: Exception, argv: list[str]) -> Exception:
   if isinstance(error, ConfigError):
     return error
   words = [w.removeprefix("--").partition("=") for w in argv]
-  files = [w for w in with_config_path(argv) if w.startswith("--config=")]
   overrides = [(k, v) for k, _, v in words if k.startswith("config.")]
-  if not files or not overrides:
-    return error
-  try:  # without the overrides, one of which is wrong; config_flags looks into sys.argv
-    sys.argv = [argv[0], files[-1]]
-    flags.FLAGS(sys.argv)
-    known = paths(flags.FLAGS["config"].value)
-  except Exception:
+  known = preset() if overrides else {}
+  if not known:
     return error
   for field, value in overrides:
     if field.removeprefix("config.") not in known:

@@ -1,18 +1,24 @@
 """How every entry point starts and ends: flags, workdir, policy, one line for a mistake."""
 
+import contextlib
 import json
+import math
 import os
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from pixel_jax import parallel
 from pixel_jax.chat import tokenizer
 from pixel_jax.data import pipeline, sources
+from pixel_jax.model import lora, table
 from pixel_jax.run import bucket, checkpoint, lock, metrics, optim, policies, settings
 from pixel_jax.run.policies import Policy
 from pixel_jax.run.settings import ConfigError
@@ -23,8 +29,11 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
 
 
-# What may change when a run goes on: nothing that a step depends on.
-FREE = ("total_steps", "save_every", "eval_every", "keep_trajectories_every")
+# What may change when a run goes on: beginnings of paths that no step depends on.
+FREE = (
+  "total_steps", "save_every", "eval_every", "keep_trajectories_every", "data.changed",
+  "checkpoint.", "wandb.",
+)  # fmt: skip
 
 
 def run(main, needs_workdir: bool = True) -> None:
@@ -118,7 +127,14 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
     lock.take(lasting)
   if checkpoint.complete_steps(lasting / "checkpoints") and file.exists():
     differ = settings.differences(json.loads(file.read_text()), json.loads(text))
-    differ = [told for path, told in differ.items() if path not in FREE]
+    free = FREE
+    if config.get("data", {}).get("changed") == "accept":
+      free += ("data.",)
+    differ = [
+      told
+      for path, told in differ.items()
+      if not path.startswith(free) or path == "data.shards"
+    ]
     if differ:
       raise ConfigError(
         f"{lasting} was begun with another config: {'; '.join(differ)}. Continue with "
@@ -134,9 +150,14 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
 
 
 def open_run(
-  config: ConfigDict, workdir: pathlib.Path
+  config: ConfigDict, workdir: pathlib.Path, sections: Mapping[str, Sequence[Callable]]
 ) -> tuple[jax.sharding.Mesh, Policy]:
-  """What a training run begins with: its workdir, its mesh and the policy to train."""
+  """What a training run begins with: its workdir, its mesh and the policy to train.
+
+  Args:
+    sections: of `settings.check`.
+  """
+  settings.check(config, sections)
   open_workdir(workdir, config)
   mesh = settings.call("mesh", parallel.make_mesh, **config.mesh)
   policy = policies.open_policy(
@@ -151,10 +172,17 @@ def open_run(
   return mesh, policy
 
 
-def describe(config: ConfigDict, policy: Policy, mesh) -> None:
-  """What a run logs before step 0."""
-  sizes = [x.size for x in jax.tree.leaves(policy.params)]
-  trained = jax.tree.leaves(optim.split(policy.params, settings.frozen(config))[0])
+def describe(config: ConfigDict, policy: Policy, tx: Any) -> None:
+  """What a run logs before it reads the weights; `tx` is its optimizer."""
+  freeze, params, mesh = settings.frozen(config), policy.abstract, policy.mesh
+  if policy.config.lora:  # beside adapters the weights stay as most are released
+    half = {
+      p: x if lora.is_adapter(p) else x.update(dtype=jnp.bfloat16)
+      for p, x in table.unnest(params).items()
+    }
+    params = table.nest(half)
+  sizes = [x.size for x in jax.tree.leaves(params)]
+  trained = jax.tree.leaves(optim.split(params, freeze)[0])
   device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"
   if jax.process_count() > 1:
     device += f" of {jax.process_count()} processes"
@@ -164,7 +192,32 @@ def describe(config: ConfigDict, policy: Policy, mesh) -> None:
     f"model    {sum(sizes):,} parameters in {len(sizes)} arrays of {policy.source}, "
     f"{sum(x.size for x in trained):,} of them trained"
   )
+  need, there = optim.memory(tx, params, freeze), memory_of_device()
+  metrics.say(
+    f"memory   {need / 1e9:.2f} GB of weights, gradients and moments on each device, "
+    f"which has {there / 1e9:.1f} GB"
+  )
+  if need > 0.9 * there:
+    logging.warning(
+      "that leaves too little for the rest, so the system may end this process without a "
+      "word; take more devices (config.mesh), or adapters (config.lora.rank)"
+    )
   metrics.say(f"config   {fields}")
+
+
+def memory_of_device() -> float:
+  """Bytes that a device of this process has; of CPU devices, what is free for each."""
+  device = jax.local_devices()[0]
+  if device.platform != "cpu":
+    return (device.memory_stats() or {}).get("bytes_limit", math.inf)
+  free = [math.inf]
+  with contextlib.suppress(OSError, ValueError):
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+      if line.startswith("MemAvailable:"):
+        free.append(int(line.split()[1]) * 1024)
+  with contextlib.suppress(OSError, ValueError):  # a container's share
+    free.append(int(pathlib.Path("/sys/fs/cgroup/memory.max").read_text()))
+  return min(free) / jax.local_device_count()
 
 
 def end(config: ConfigDict, step: int, saver, writer, notice, written: str) -> None:

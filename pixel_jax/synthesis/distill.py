@@ -20,9 +20,11 @@ from typing import Any, TypeVar
 import numpy as np
 from PIL import Image
 
+from pixel_jax import fields
 from pixel_jax.chat import encode
 from pixel_jax.chat.encode import Codec, Conversation
 from pixel_jax.data import formats
+from pixel_jax.fields import NonNegativeFloat, PositiveInt, Seed
 from pixel_jax.pixels import ops
 from pixel_jax.synthesis import boxes, checks, prompts, templates
 from pixel_jax.synthesis.teacher import Exhausted, Request, Teacher, Unanswered
@@ -67,19 +69,20 @@ class Recipe:
     max_tokens, temperature: of a reply.
   """
 
-  kinds: Mapping[str, float]
-  seed: int = 0
-  min_side: int = 28
-  takes: int = 3
-  max_tokens: int = 600
-  temperature: float = 0.7
+  kinds: Mapping[str, NonNegativeFloat]
+  seed: Seed = 0
+  min_side: PositiveInt = 28
+  takes: PositiveInt = 3
+  max_tokens: PositiveInt = 600
+  temperature: NonNegativeFloat = 0.7
 
   def __post_init__(self):
+    fields.check(Recipe, vars(self))
     wrong = sorted(set(self.kinds) - templates.OPERATING)
-    if wrong or self.takes < 1 or self.min_side < ops.MIN_SIDE:
+    if wrong or self.min_side < ops.MIN_SIDE:
       raise ValueError(
-        f"takes={self.takes} (1 or more), min_side={self.min_side} ({ops.MIN_SIDE} or "
-        f"more), kinds {wrong}; kinds of traces with operations are "
+        f"min_side={self.min_side} ({ops.MIN_SIDE} or more), kinds {wrong}; kinds of "
+        "traces with operations are "
         f"{', '.join(sorted(templates.OPERATING))}"
       )
     templates.check_kinds(self.kinds)

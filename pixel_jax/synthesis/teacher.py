@@ -32,6 +32,13 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 from PIL import Image
 
+from pixel_jax import fields
+from pixel_jax.fields import (
+  NonNegativeFloat,
+  NonNegativeInt,
+  PositiveFloat,
+  PositiveInt,
+)
 from pixel_jax.pixels import image
 from pixel_jax.synthesis.journal import Journal, Reply
 
@@ -132,27 +139,23 @@ class Teacher:
     image_tokens: set aside for each picture until its cost is known.
   """
 
+  @fields.checked
   def __init__(
     self,
     complete: Complete,
     journal: Journal,
     *,
     model: str,
-    concurrency: int = 16,
-    requests_per_minute: float = 0.0,
-    budget: int = 10_000_000,
-    attempts: int = 8,
-    first_wait: float = 1.0,
-    longest_wait: float = 60.0,
-    image_tokens: int = 2500,
+    concurrency: PositiveInt = 16,
+    requests_per_minute: NonNegativeFloat = 0.0,
+    budget: PositiveInt = 10_000_000,
+    attempts: PositiveInt = 8,
+    first_wait: PositiveFloat = 1.0,
+    longest_wait: PositiveFloat = 60.0,
+    image_tokens: NonNegativeInt = 2500,
   ):
-    if min(concurrency, attempts, budget) < 1 or not 0 < first_wait <= longest_wait:
-      raise ValueError(
-        f"{concurrency=}, {attempts=}, {budget=}: 1 or more; {first_wait=}, "
-        f"{longest_wait=}: 0 < first_wait <= longest_wait seconds"
-      )
-    if requests_per_minute < 0 or image_tokens < 0:
-      raise ValueError(f"{requests_per_minute=}, {image_tokens=}: 0 or more")
+    if first_wait > longest_wait:
+      raise ValueError(f"{first_wait=} seconds are more than {longest_wait=}")
     self.model, self.journal = model, journal
     self.concurrency, self.attempts, self.budget = concurrency, attempts, budget
     self.stats: collections.Counter[str] = collections.Counter()
@@ -286,7 +289,7 @@ class Teacher:
 
 @contextlib.asynccontextmanager
 async def endpoint(
-  model: str, *, timeout: float = 120.0, json_mode: bool = True
+  model: str, *, timeout: PositiveFloat = 120.0, json_mode: bool = True
 ) -> AsyncIterator[Complete]:
   """Chat completions of an OpenAI-compatible server; open while in `async with`.
 

@@ -28,10 +28,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from pixel_jax import fields
 from pixel_jax.chat import tools
 from pixel_jax.chat.encode import Codec, Conversation, LoadMedia
 from pixel_jax.chat.tokenizer import Tokenizer
 from pixel_jax.data import world
+from pixel_jax.fields import NonNegativeFloat, Share
 from pixel_jax.pixels import ops
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.synthesis import boxes
@@ -104,13 +106,16 @@ class Templates:
       the glyph has weight 0: the policy would learn to guess.
   """
 
-  kinds: Mapping[str, float] = dataclasses.field(default_factory=lambda: PAPER)
-  operation_share: float = 1.0
-  jitter: float = 0.0
-  edge_jitter: float = 0.0
-  answer_weight: float = 1.0
+  kinds: Mapping[str, NonNegativeFloat] = dataclasses.field(
+    default_factory=lambda: PAPER
+  )
+  operation_share: Share = 1.0
+  jitter: NonNegativeFloat = 0.0
+  edge_jitter: NonNegativeFloat = 0.0
+  answer_weight: NonNegativeFloat = 1.0
 
   def __post_init__(self):
+    fields.check(Templates, vars(self))
     object.__setattr__(self, "kinds", check_kinds(dict(self.kinds)))
 
   @property

@@ -155,6 +155,7 @@ STOPS = {
   "answer": "answered",
   "turns": "stopped: too many turns",
   "length": "stopped: too long",
+  "row": "stopped: no training row holds more",
   "": "open",
 }
 
