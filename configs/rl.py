@@ -42,6 +42,8 @@ def get_config(arg="tiny"):
     max_bad_share=0.01,
     changed="refuse",  # "accept": go on with data that was changed
   )
+  # uri = "": nothing is held out.  eval.rollout, below, is like rollout, and its own:
+  # --config.eval.rollout.temperature=0 takes the likeliest token.
   c.eval = dict(uri="jsonl:val.jsonl", tasks=256)
   c.engine = common.engine(arg.size)
   c.fleet = dict(tensor=1)  # rollout.fleet.Fleet: devices of an engine
@@ -116,4 +118,5 @@ def get_config(arg="tiny"):
     c.eval.update(uri="world:full_val")
     c.rollout.update(max_turns=4)
     c.rl.update(rows=8, **common.FULL_ROW)
+  c.eval.rollout = c.rollout.to_dict()
   return pods.fit(c, "rl", arg.size, arg.topology)

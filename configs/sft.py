@@ -54,7 +54,7 @@ def get_config(arg="tiny"):
   c.total_steps = 246  # the published warm start (pixel_reasoner.md 2.6)
   c.save_every = 50
   c.eval_every = 50
-  c.init = ""  # a workdir or a converted checkpoint; "" = random weights
+  c.init = ""  # a workdir, a converted checkpoint, a Hugging Face folder, or "random"
   c.model = common.model(arg.size)
   c.codec = common.codec(arg.size)
   c.lora = common.lora()  # rank > 0: only adapters are trained, optim.freeze is moot
@@ -110,6 +110,7 @@ def get_config(arg="tiny"):
     c.total_steps = 70
     c.optim.update(lr=1e-3, warmup_steps=10)
   if tiny and arg.base:
+    c.init = "random"
     c.total_steps = 600
     c.data.rows = 24
     c.optim.update(lr=3e-3, warmup_steps=30)

@@ -61,7 +61,7 @@ def main(config, workdir):
   )  # fmt: skip
   held = config.eval.uri and config.eval_every and settings.call(
     "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir,
-    refuses=rollouts.refuses, **host, **config.eval,
+    refuses=rollouts.refuses, uri=config.eval.uri, tasks=config.eval.tasks, **host,
     **{k: data[k] for k in ("root", "filter", "layout", "shards")},
   )  # fmt: skip
   memory = {
@@ -131,7 +131,7 @@ def main(config, workdir):
     if held and settings.due(step, config.eval_every, config.total_steps):
       with writer.timer("eval"):
         m |= held_out(
-          rollouts, state["params"], held, right, config.seed, **config.rollout
+          rollouts, state["params"], held, right, config.seed, **config.eval.rollout
         )
     writer.write(step, m, tokens=n["sampled"], flops=cost)
     if settings.due(step, config.keep_trajectories_every, config.total_steps):
@@ -170,6 +170,7 @@ SECTIONS = {  # what takes the fields of each section of the config
   "mesh": (parallel.make_mesh,),
   "data": (sources.open_source, pipeline.tasks, settings.Named),
   "eval": (sources.open_source, pipeline.open_fixed),
+  "eval.rollout": (engine.Engine.run,),
   "engine": (engine.Engine,),
   "fleet": (fleet.Fleet,),
   "rollout": (engine.Engine.run,),

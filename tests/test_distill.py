@@ -422,7 +422,7 @@ def test_a_checkpoint_of_ours_can_be_the_teacher(tmp_path, quick_compiles, monke
   workdir.mkdir()
   mesh = synthesize_tool.parallel.make_mesh(1, 1, 1)
   policy = policies.open_policy(
-    "", model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
+    "random", model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
   )
   saver = checkpoint.Checkpoints(workdir, **policy.extra)
   saver.save(1, {"params": policy.params}, {})

@@ -67,7 +67,8 @@ def test_all_examples_in_one_run(folder):
   config.total_steps = config.eval_every = config.keep_trajectories_every = 1
   config.save_every = 0
   config.rl.update(prompts_per_step=2, group_size=4, rows=4, tokens=2304, patches=512)
-  config.rollout.update(max_turns=2, max_new_tokens=8)
+  for rollout in (config.rollout, config.eval.rollout):
+    rollout.update(max_turns=2, max_new_tokens=8)
   config.engine.update(
     slots=8, max_prompt=2048, max_len=2304, prompt_len=2048, extend_rows=4
   )

@@ -509,6 +509,7 @@ def sft():
   """The tiny config on foreign data: every URI is the same program, compiled once."""
   config = importlib.import_module("pixel_jax.configs.sft").get_config("tiny")
   config.total_steps = config.eval_every = config.save_every = 1
+  config.init = "random"
   config.data.update(rows=1, shards=1, tokens=512, patches=512, pack_window=8)
   config.eval.batches, config.optim.warmup_steps = 1, 0
   kinds = ("image/direct", "video/direct", "text/direct")

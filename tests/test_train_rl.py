@@ -21,10 +21,12 @@ def rl():
   """The tiny config on foreign data: every URI is the same programs."""
   config = importlib.import_module("pixel_jax.configs.rl").get_config("tiny")
   config.total_steps = config.eval_every = config.save_every = 1
+  config.init = "random"
   config.keep_trajectories_every, config.optim.warmup_steps = 1, 0
   config.data.shards, config.eval.tasks = 2, 3
   config.rl.update(prompts_per_step=4, group_size=4, rows=4, tokens=256, patches=512)
-  config.rollout.update(max_turns=2, max_new_tokens=4)
+  for rollout in (config.rollout, config.eval.rollout):
+    rollout.update(max_turns=2, max_new_tokens=4)
   config.engine.update(
     slots=16, max_prompt=192, max_len=256, prompt_len=192, extend_rows=4
   )

@@ -23,6 +23,8 @@ from pixel_jax.model import hf, lora, qwen2_5_vl, table
 from pixel_jax.run import bucket, checkpoint
 from pixel_jax.run.settings import ConfigError, call, imported
 
+KERNELS = {"splash": "tpu", "cudnn": "gpu"}  # of attention, and where they run
+RANDOM = "random"  # `config.init` of fresh weights
 # The base of the tiny world that ships with the package; README.md says how it was made.
 TINY_BASE = pathlib.Path(__file__).resolve().parents[1] / "data" / "tiny_base"
 
@@ -34,7 +36,7 @@ class Policy:
   config: model_config.ModelConfig
   codec: encode.Codec
   mesh: jax.sharding.Mesh
-  read: Callable[[], dict]  # the parameters
+  read: Callable[[], dict]  # reads the parameters
   source: str  # where the parameters come from
   base: str | None = None  # the Hugging Face folder they were first imported from
 
@@ -74,7 +76,7 @@ def open_policy(
   workdir: pathlib.Path | None = None,
   adapters: dict | None = None,
 ) -> Policy:
-  """The policy of `init`, or a fresh one with the tiny tokenizer when `init` is empty.
+  """The policy of `init`, or of "random" a fresh one with the tiny tokenizer.
 
   `init` is what `find` understands: a workdir, a converted checkpoint, an HF folder.
   `model`, `codec` and `adapters` (`config.lora`) are the config sections: name, dtype,
@@ -93,7 +95,7 @@ def open_policy(
   asked, extra = None, {}
   if adapters and adapters["rank"]:
     asked = call("lora", lora.Config, **adapters)
-  if init:
+  if init and init != RANDOM:
     root = find(init)
     if not root.is_dir():
       raise ConfigError(
@@ -106,7 +108,7 @@ def open_policy(
     else:
       extra = checkpoint.load_extra(root)
     config = call("init", model_config.from_hf, extra["model"])
-  elif name == "tiny" and workdir:
+  elif init and name == "tiny" and workdir:
     if bucket.is_writer(workdir):
       tokenizer.make_tiny(workdir / "tokenizer", world.scaffolds())
     parallel.barrier("tokenizer")
@@ -120,10 +122,16 @@ def open_policy(
       bos_token=words.endoftext,
       eos_token=words.im_end,
     )
+  elif init:
+    raise ConfigError(
+      f"config.init=random: the {name} model has no tokenizer of its own; give the folder "
+      "of a Hugging Face checkpoint, or a workdir: --config.init=DIR"
+    )
   else:
     raise ConfigError(
-      f"config.init is empty, and the {name} model has no weights and no tokenizer of its "
-      "own; give the folder of a Hugging Face checkpoint, or a workdir: --config.init=DIR"
+      "config.init is empty; give the folder of a Hugging Face checkpoint, or a workdir: "
+      "--config.init=DIR.  The tiny model can begin with --config.init=tiny_base, which "
+      "ships with the package, or with fresh weights: --config.init=random"
     )
   if workdir and bucket.is_writer(workdir) and not (workdir / "tokenizer").exists():
     # With what lies beside it: an export wants the processor's files too.
@@ -132,8 +140,14 @@ def open_policy(
     else:
       bucket.fetch(_words_of(root), workdir / "tokenizer")
   config = call("model", dataclasses.replace, config, **model, lora=asked)
+  needs, here = KERNELS.get(config.attention, ""), mesh.devices.flat[0].platform
+  if needs and here != needs:
+    raise ConfigError(
+      f"config.model.attention={config.attention} needs a {needs.upper()}, and this runs "
+      f"on a {here.upper()}; use xla"
+    )
   call("lora", table.adapted, config)  # a target that matches nothing is told now
-  if init:
+  if init != RANDOM:
     found = extra.get("lora") and lora.Config(**extra["lora"])
     whole = adapters is not None and asked is None
     read = functools.partial(
@@ -145,7 +159,7 @@ def open_policy(
   if codec is None:
     codec = read_codec(root)
   talk = make_codec(words, codec, config.vision)
-  return Policy(config, talk, mesh, read, init or "fresh", extra.get("hf"))
+  return Policy(config, talk, mesh, read, init, extra.get("hf"))
 
 
 def make_codec(

@@ -87,15 +87,18 @@ def check(config: ConfigDict, sections: Mapping[str, Sequence[Callable]]) -> Non
   """
   wrong, known = [], {}
   for section, takers in sections.items():
-    if section and not isinstance(config.get(section), ConfigDict):
+    held = config
+    for part in section.split(".") if section else ():
+      held = held.get(part)
+    if not isinstance(held, ConfigDict):
       raise ConfigError(
         f"the config has no section {section!r}, which this program reads; is it the "
         "config of another one? pixel-jax configs lists them"
       )
     allowed = {k: h for taker in takers for k, h in fields.hints(taker).items()}
-    for name, value in (config[section] if section else config).items():
+    for name, value in held.items():
       path = f"{section}.{name}" if section else name
-      if not section and name in sections:
+      if path in sections:
         continue
       if name not in allowed:
         known |= {k: None for k in (f"{section}.{a}".strip(".") for a in allowed)}
