@@ -42,6 +42,7 @@ take_bucket
 take_names
 [ -n "$cluster" ] || fail "--cluster=NAME is missing: xpk cluster list"
 [ -n "$accelerator" ] || fail "--accelerator=TYPE is missing, such as v5p-128"
+check_accelerator
 
 find_code
 [ -n "$dry_run" ] || { rm -rf "$box"; mkdir -p "$box/code"; }

@@ -38,6 +38,21 @@ take_module() {  # MODULE --config=... --workdir=... [--config.KEY=VALUE ...]
   done
   [ -n "${config:-}" ] || fail "$module wants --config=configs/NAME.py:SIZE"
   [ -n "$workdir" ] || fail "$module wants --workdir=gs://BUCKET/RUN"
+  local file=${config%%:*} kinds
+  if [ ! -f "$file" ] && [ ! -f "configs/$file.py" ]; then
+    kinds=$(cd configs && printf '%s ' [!_]*.py)
+    fail "--config=$config: $PWD has no file $file; there are configs/ ${kinds% }"
+  fi
+}
+
+check_accelerator() {  # that of a preset for a topology is the one that is asked for
+  local word made
+  for word in $(printf '%s' "${config#*:}" | tr , ' '); do
+    made=$(sed -n "s/^ *\"$word\": Pod(\"\([^\"]*\)\".*/\1/p" configs/pods.py)
+    if [ -n "$made" ] && [ -n "$accelerator" ] && [ "$made" != "$accelerator" ]; then
+      fail "--accelerator=$accelerator, and $config is laid out for $made"
+    fi
+  done
 }
 
 take_bucket() {  # the workers share no disk

@@ -38,6 +38,7 @@ done
 take_module "$@"
 take_bucket
 take_names
+check_accelerator
 [ -n "$accelerator" ] || [ "$slices" = 1 ] || fail "--slices wants --accelerator"
 case "$accelerator" in  # as the cloud names its images, November 2026
   v5litepod-*) : "${runtime:=v2-alpha-tpuv5-lite}" ;;

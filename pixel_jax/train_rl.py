@@ -304,6 +304,11 @@ def update(
   """
   zeros, accumulate, apply, old_logp = steps
   alone = config.rl.minibatches == 1 and not replayed
+  # The loss of an update is a sum over the tokens of an even share of the step: of all
+  # rollouts that were kept, since those without an advantage count, too; or, where some
+  # were drawn again, of those that are trained on.
+  whole = count_tokens([e for x in chosen.values() for e in x]) if replayed else tokens
+  normalizer = max(whole / config.rl.minibatches, 1.0)
   updates, cost = [], collections.Counter()
   mesh = state["step"].sharding.mesh
   parts = split(chosen, config.rl.minibatches)
@@ -316,8 +321,6 @@ def update(
       for batches, n in plan
     ]
   for (batches, own), of in zip(plan, names):
-    # Rollouts without an advantage have no gradient, but they count as tokens.
-    normalizer = max(tokens, 1.0) if alone else own
     total, told = zeros(), []
     for batch in batches:
       total, t = accumulate(total, state["params"], batch, np.float32(normalizer))
@@ -332,6 +335,8 @@ def update(
     work = {k: float(sum(w[k] for w in work)) for k in work[0]}
     cost.update(flops.of_work(model, work, learned).parts())
     updates.append(combine(sums, own, normalizer) | {k: float(v) for k, v in m.items()})
+  # Minibatches that nobody had examples for pass in the schedule, too.
+  state = optim.pass_over(state, config.rl.minibatches - len(plan))
   return state, average(updates) | {"optim/skipped": float(not plan)}, cost
 
 

@@ -170,6 +170,11 @@ def held_out(loss, params, stream, count):
   return float(sum(losses) / len(losses))
 
 
+def totals(batch):
+  """What the targets of a batch weigh, and how many they are; each at least 1."""
+  return jnp.maximum(batch.weight.sum(), 1.0), jnp.maximum((batch.weight > 0).sum(), 1)
+
+
 def programs(config, model, tx, schedule, state):
   """(update, heldout), jitted: what the loop runs and tools/compile/check.py compiles.
 
@@ -182,12 +187,13 @@ def programs(config, model, tx, schedule, state):
   # What goes in comes out in the same place, so that each program compiles once.
   layout = jax.tree.map(lambda x: x.sharding, state)
 
-  def loss_fn(trained, frozen, batch, tokens):
+  def loss_fn(trained, frozen, batch, weight, tokens):
+    """Sums of a part of the batch, over what all of it weighs and over its targets."""
     params = optim.merge(trained, frozen)
     mine = batch.weight > 0
     with parallel.on(mesh):
       logp, entropy = qwen2_5_vl.token_logp(model, params, batch, where=mine)
-    loss = -(logp * batch.weight).sum() / tokens
+    loss = -(logp * batch.weight).sum() / weight
     m = {"loss": loss, "policy/entropy": (entropy * mine).sum() / tokens}
     return loss, (m, flops.work(batch))
 
@@ -197,10 +203,10 @@ def programs(config, model, tx, schedule, state):
   )  # fmt: skip
   def update(state, batch):
     trained, frozen = optim.split(state["params"], freeze)
-    tokens = jnp.maximum(batch.weight.sum(), 1.0)
+    whole = totals(batch)
 
     def gradient(rows):
-      return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, tokens)
+      return jax.grad(loss_fn, has_aux=True)(trained, frozen, rows, *whole)
 
     grads, (m, work) = optim.accumulate(gradient, batch, config.micro_batches)
     trained, opt, told = optim.apply(tx, grads, trained, state["opt"], m["loss"])
@@ -214,7 +220,7 @@ def programs(config, model, tx, schedule, state):
 
   @jax.jit
   def heldout(params, batch):
-    return loss_fn(params, {}, batch, jnp.maximum(batch.weight.sum(), 1.0))[0]
+    return loss_fn(params, {}, batch, *totals(batch))[0]
 
   return update, heldout
 

@@ -52,6 +52,7 @@ class Loopback(http.server.ThreadingHTTPServer):
     self.faults = collections.Counter()
     self.billed = self.now = self.most = 0  # tokens; requests at once
     self.times: list[float] = []
+    self.page = ""  # for people, in place of every reply
 
   def __enter__(self):
     # Server and client share this process: at the usual 5 ms, each piece that is sent
@@ -106,6 +107,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.faults[passing] += 1
         self.fail(passing)
         return
+      if server.page:
+        self.send(200, server.page.encode())
+        return
       if staying:
         server.faults[staying] += 1
       reply, tokens = answer(json.loads(body), staying)
@@ -136,7 +140,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def send(self, status, body, headers=None, cut=None):
     self.send_response(status)
-    self.send_header("content-type", "application/json")
+    kind = "text/html" if body.startswith(b"<") else "application/json"
+    self.send_header("content-type", kind)
     self.send_header("content-length", str(len(body)))
     for name, value in (headers or {}).items():
       self.send_header(name, value)

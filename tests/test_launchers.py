@@ -181,6 +181,11 @@ def test_slurm_queues_what_was_told_to_stop_again(code, requeued, cloud):
     ([*VM, "--accelerator=v9-8", *JOB], "--runtime"),
     ([*VM, "--slices=2", *JOB], "--accelerator"),
     ([*GKE[:2], *JOB], "--cluster"),
+    ([*VM, JOB[0], "--config=configs/rll.py:7b", JOB[2]], "no file configs/rll.py"),
+    (
+      [*VM, "--accelerator=v5p-64", JOB[0], "--config=rl:7b,v5p:4x4x4", JOB[2]],
+      "rl:7b,v5p:4x4x4 is laid out for v5p-128",
+    ),
     ([*SLURM, *JOB], "sbatch"),
   ],
 )

@@ -90,12 +90,26 @@ def test_failures_that_pass_are_tried_again(tmp_path):
   master.journal.close()
 
 
-def test_those_that_do_not_pass_leave_the_request_open(tmp_path):
+@pytest.mark.parametrize("answered", [True, False])
+def test_those_that_do_not_pass_leave_the_request_open(tmp_path, answered, caplog):
+  """One that has never answered anything ends the run: it will not the next time."""
   complete, seen = counting(failing=[teacher.Again("500")] * 9)
   master = make(tmp_path, complete, attempts=4)
-  with pytest.raises(teacher.Unanswered, match="4 attempts failed, the last by 500"):
+  if answered:
+    master.journal.reply("another", journal.Reply("yes", "", 1, 1))
+  error = teacher.Unanswered if answered else teacher.Fatal
+  with pytest.raises(error, match="4 attempts failed, the last by 500"):
     asyncio.run(master.ask(request()))
   assert len(seen) == 4 and master.journal.get(request().key("m")) is None
+  assert caplog.text.count("the teacher: 500; asked again in") == 1
+  master.journal.close()
+
+
+def test_a_page_for_people_is_no_completion(tmp_path, server):
+  server.page = "<!DOCTYPE html><title>Welcome</title>"
+  error, master = ask_endpoint(picture_request(), tmp_path, 5.0, attempts=2)
+  assert isinstance(error, teacher.Fatal) and "DOCTYPE" in str(error)
+  assert "never answered; check OPENAI_BASE_URL" in str(error)
   master.journal.close()
 
 
@@ -338,7 +352,7 @@ def test_whatever_a_server_replies_is_a_reply(tmp_path, server, fault):
 def test_a_slow_server_is_given_up_on(tmp_path, server):
   server.delay = 3.0
   error, master = ask_endpoint(picture_request(), tmp_path, 0.2, attempts=2)
-  assert isinstance(error, teacher.Unanswered) and "timeout" in str(error)
+  assert isinstance(error, teacher.Fatal) and "timeout" in str(error)
   assert master.stats["retry/timeout"] == 2
   master.journal.close()
 

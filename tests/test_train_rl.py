@@ -6,14 +6,21 @@ import json
 import os
 import signal
 
+import jax
+import jax.numpy as jnp
 import layouts
 import ml_collections
 import numpy as np
+import optax
 import pytest
 
-from pixel_jax import train_rl, trajectory
+from pixel_jax import parallel, train_rl, trajectory
+from pixel_jax.chat import encode
 from pixel_jax.evals import protocol
+from pixel_jax.model import config as model_config
+from pixel_jax.model import flops
 from pixel_jax.pixels import image
+from pixel_jax.run import optim
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +62,51 @@ def run(rl, tmp_path, monkeypatch):
     return [json.loads(line) for line in text.splitlines()], played
 
   return start
+
+
+@pytest.mark.parametrize(
+  "minibatches, replayed, each, updates",
+  [(1, 0, 40.0, 1), (2, 0, 20.0, 2), (4, 0, 10.0, 3), (1, 2, 12.0, 1), (2, 2, 6.0, 2)],
+)
+def test_every_update_is_over_an_even_share_of_the_tokens(
+  rl, minibatches, replayed, each, updates
+):
+  """One definition, however many minibatches and whatever was drawn again.  Of 40 tokens
+  that were kept 12 have an advantage; minibatches without an example pass in the
+  schedule."""
+  config = ml_collections.ConfigDict(rl.to_dict())
+  config.rl.minibatches = minibatches
+  size = 3 if minibatches == 4 else 4
+  examples = [
+    encode.Example(
+      tokens=np.arange(5, dtype=np.int32), position=np.zeros((5, 3), np.int32),
+      weight=np.float32([0] * (5 - 12 // size) + [1] * (12 // size)),
+      logp=np.zeros(5, np.float32), vision=[], advantage=1.0, name=f"q{i}",
+    )
+    for i in range(size)
+  ]  # fmt: skip
+  mesh = parallel.make_mesh(1, 1, 1)
+  tx, _ = optim.make({"w": jnp.zeros(2)}, lr=1.0, total_steps=9)
+  state = {"params": {"w": jnp.zeros(2)}, "opt": tx.init({"w": jnp.zeros(2)})}
+  state["step"] = jax.device_put(jnp.int32(0), parallel.replicated(mesh))
+  given = []
+
+  def accumulate(total, params, batch, tokens):
+    given.append(float(tokens))
+    return total, ({"loss": 1.0 / tokens}, flops.work(batch))
+
+  def apply(state, total, loss):
+    return {**state, "step": state["step"] + 1}, {"optim/nonfinite": jnp.float32(0)}
+
+  steps = (dict, accumulate, apply, lambda params, batch: batch.weight * 0)
+  state, m, _ = train_rl.update(
+    config, model_config.tiny(99), steps, state, {0: examples}, learned=[], tokens=40.0,
+    replayed=replayed, stop=lambda: False, noticed=lambda *_: None,
+  )  # fmt: skip
+  assert given == [each] * updates and m["loss"] == pytest.approx(1 / each)
+  assert state["step"] == minibatches
+  (schedule,) = [x for x in state["opt"] if isinstance(x, optax.ScaleByScheduleState)]
+  assert schedule.count == minibatches - updates
 
 
 @pytest.mark.slow

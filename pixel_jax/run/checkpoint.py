@@ -360,6 +360,14 @@ def load_extra(directory: str | pathlib.Path) -> dict:
     return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
 
 
+def holds_params(directory: str | pathlib.Path) -> bool:
+  """Whether `load_params` finds some there."""
+  try:
+    return bool(_locate(directory))
+  except CheckpointError:
+    return False
+
+
 def fingerprint(directory: str | pathlib.Path) -> str:
   """Names the stored parameters, also of an HF folder: changes with every writing."""
   root = bucket.behind(directory)

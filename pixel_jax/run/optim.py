@@ -198,6 +198,21 @@ def apply(
   return keep(optax.apply_updates(params, updates), params), keep(new, state), told
 
 
+def pass_over(state: dict, updates: int) -> dict:
+  """The state of a run whose schedule goes on by so many updates that are not made."""
+  if not updates:
+    return state
+
+  def later(x):
+    is_schedule = isinstance(x, optax.ScaleByScheduleState)
+    return x._replace(count=x.count + updates) if is_schedule else x
+
+  opt = jax.tree.map(
+    later, state["opt"], is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+  )
+  return {**state, "opt": opt, "step": state["step"] + updates}
+
+
 class NonFiniteError(RuntimeError):
   """Several updates in a row whose loss or gradient was not finite."""
 

@@ -102,6 +102,11 @@ def open_policy(
         f"config.init: {root} does not exist; give a workdir, a Hugging Face folder or "
         "what `pixel-jax convert` wrote"
       )
+    if not (hf.is_checkpoint(root) or checkpoint.holds_params(root)):
+      raise ConfigError(
+        f"config.init: {root} holds no policy: neither a step that a run has saved, nor "
+        "what `pixel-jax convert` wrote, nor config.json and *.safetensors of Hugging Face"
+      )
     words = _load_tokenizer(_words_of(root))
     if hf.is_checkpoint(root):
       extra = {"model": hf.read_config(root), "hf": str(root)}

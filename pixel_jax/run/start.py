@@ -1,6 +1,7 @@
 """How every entry point starts and ends: flags, workdir, policy, one line for a mistake."""
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -89,6 +90,10 @@ def run(main, needs_workdir: bool = True) -> None:
       tokenizer.TokenizerError,
     ) as error:
       stop(error)
+    except OSError as error:
+      if error.filename is None and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        raise
+      stop(error)
     except BaseException:
       if not jax.distributed.is_initialized():
         raise
@@ -120,13 +125,22 @@ def _leave(code: int) -> None:
 def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   """Makes the workdir and writes config.json; caches compiled programs beside it."""
   parallel.initialize()
-  workdir.mkdir(parents=True, exist_ok=True)
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise ConfigError(
+      f"--workdir={workdir} cannot be made: {error.strerror}"
+    ) from error
   file, text = workdir / "config.json", config.to_json_best_effort(indent=1)
   lasting = bucket.behind(workdir)
   if jax.process_index() == 0:
     lock.take(lasting)
   if checkpoint.complete_steps(lasting / "checkpoints") and file.exists():
     differ = settings.differences(json.loads(file.read_text()), json.loads(text))
+    if "total_steps" in differ and config.get("optim", {}).get("schedule") == "cosine":
+      logging.warning(
+        "%s: the cosine ends there now, so the rate jumps", differ["total_steps"]
+      )
     free = FREE
     if config.get("data", {}).get("changed") == "accept":
       free += ("data.",)

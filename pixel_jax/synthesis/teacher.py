@@ -30,6 +30,7 @@ import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
+from absl import logging
 from PIL import Image
 
 from pixel_jax import fields
@@ -203,8 +204,13 @@ class Teacher:
           return await self._attempt(key, request, reserve)
         except Again as again:
           last = again.cause
-          self.stats[f"retry/{again.cause}"] += 1
           wait = self._backoff(attempt)
+          if not self.stats[f"retry/{again.cause}"]:  # each cause is told once
+            logging.warning(
+              "the teacher: %s; asked again in %.0f s, %d times at most", last, wait,
+              self.attempts - 1,
+            )  # fmt: skip
+          self.stats[f"retry/{again.cause}"] += 1
           if again.after is not None:
             wait = min(max(again.after, 0.0), LONGEST)
             self._pause = max(self._pause, time.monotonic() + wait)
@@ -216,7 +222,14 @@ class Teacher:
             self._reserved -= reserve
             self._settled.notify_all()
       await asyncio.sleep(wait)
-    raise Unanswered(f"{self.attempts} attempts failed, the last by {last}")
+    told = f"{self.attempts} attempts failed, the last by {last}"
+    if not len(self.journal):
+      self._fatal = Fatal(
+        f"{told}, and the teacher has never answered; check OPENAI_BASE_URL and "
+        "config.teacher.model"
+      )
+      raise self._fatal
+    raise Unanswered(told)
 
   async def _attempt(self, key: str, request: Request, reserve: int) -> Reply:
     self.journal.sent(key, reserve)
@@ -317,7 +330,9 @@ async def endpoint(
   more = {"response_format": {"type": "json_object"}} if json_mode else {}
 
   def told(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".replace(key, "***")[:400]
+    text = f"{type(error).__name__}: {error}"
+    # Any word does for a server of your own; a short one is no secret, and in every text.
+    return (text.replace(key, "***") if len(key) >= 8 else text)[:400]
 
   async def complete(request: Request) -> Reply:
     messages = await asyncio.to_thread(request.messages)
@@ -338,6 +353,8 @@ async def endpoint(
       raise _refused(error, told(error)) from error
     except ValueError as error:  # JSON that ends in the middle
       raise Again("cut off", billed=True) from error
+    if not hasattr(completion, "choices"):  # a page for people, say
+      raise Again(f"no chat completion but {str(completion)[:40]!r}")
     return read(completion)
 
   async with client:
