@@ -441,9 +441,10 @@ def test_force_and_script(world, plain):
       run(plain, params, tasks, script=lambda task, sample, bad=bad: bad)
 
 
-def test_a_question_that_comes_again_is_played_anew(world, plain):
+def test_a_question_that_comes_again_is_played_anew(world, plain, caplog):
   _, _, params = world
   twice = flat(run(plain, params, [task(0), task(1), task(0)], max_new_tokens=20))
+  assert "1 ids come more than once among 3 questions" in caplog.text
   alone = flat(run(plain, params, [task(0)], max_new_tokens=20))
   ids = [f.trajectory.ids for f in twice]
   assert ids[:2] == [f.trajectory.ids for f in alone] and ids[4:] != ids[:2]

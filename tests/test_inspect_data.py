@@ -87,6 +87,15 @@ def test_a_world_without_files_and_a_uri_that_opens_nothing(capsys):
     assert "error:" in capsys.readouterr().err
 
 
+def test_ids_that_several_records_share_are_counted(tmp_path, capsys):
+  layouts.media_files(tmp_path)
+  rows = [{**layouts.task(i), "id": "same" if i < 3 else f"q{i}"} for i in range(5)]
+  (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+  assert inspect_data.main(["jsonl:x.jsonl", f"--root={tmp_path}"]) == 0
+  told = capsys.readouterr().out
+  assert "ids that several records share: 1, by 3 records, the first is 'same'" in told
+
+
 def test_data_without_a_good_record_is_a_failure(tmp_path):
   (tmp_path / "x.jsonl").write_text('{"what": 1}\n{"what": 2}\n')
   assert inspect_data.main(["jsonl:x.jsonl", f"--root={tmp_path}"]) == 1

@@ -161,6 +161,11 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
   )
   if calls:
     out += ["", "calls", *(f"  {n:>7,} {name}" for name, n in calls.most_common())]
+  ids = collections.Counter(s.trajectory.task.id for s in seen)
+  if doubled := [name for name, n in ids.items() if n > 1]:
+    records = sum(ids[name] for name in doubled)
+    out += ["", f"ids that several records share: {len(doubled)}, by {records} records, "
+            f"the first is {doubled[0]!r:.60}"]  # fmt: skip
   if found.bad:
     out += ["", "set aside"]
     out += [f"  {n:>7,} {reason}" for reason, n in found.bad.most_common(20)]

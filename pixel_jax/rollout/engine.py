@@ -459,6 +459,12 @@ def _distinct(tasks: Sequence[Task]) -> list[str]:
   """The ids of tasks, each further one of the same id and shard with its number."""
   seen: collections.Counter = collections.Counter()
   names = []
+  several = collections.Counter(task.id for task in tasks)
+  if doubled := [name for name, n in several.items() if n > 1]:
+    logging.log_first_n(
+      logging.WARNING, "%d ids come more than once among %d questions, the first is %.60r; "
+      "each is played by itself", 1, len(doubled), len(tasks), doubled[0],
+    )  # fmt: skip
   for task in tasks:
     again = seen[task.shard, task.id]
     seen[task.shard, task.id] += 1
