@@ -24,6 +24,8 @@ PROGRAMS = {
   "compile-check": "pixel_jax.tools.compile.check",
   "configs": "pixel_jax.tools.configs",
 }
+# Packages that some programs need, and the extra that brings them.
+EXTRAS = {"torch": "parity", "gradio": "demo", "openai": "synthesis", "wandb": "wandb"}
 
 
 def main() -> None:
@@ -45,7 +47,15 @@ def main() -> None:
     print(_docstring(PROGRAMS[name]))
   else:
     sys.argv = [f"pixel-jax {name}", *arguments]
-    runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
+    try:
+      runpy.run_module(PROGRAMS[name], run_name="__main__", alter_sys=False)
+    except ModuleNotFoundError as error:
+      if error.name not in EXTRAS:
+        raise
+      sys.exit(
+        f"error: pixel-jax {name} needs {error.name}: pip install "
+        f"'pixel_jax[{EXTRAS[error.name]}]'"
+      )
 
 
 def _docstring(module: str, lines: int | None = None) -> str:

@@ -57,6 +57,16 @@ def test_a_wrong_name_is_one_line(tmp_path):
   assert len(said.splitlines()) == 1
 
 
+def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.setattr(sys, "argv", ["pixel-jax", "bench", "decode"])
+  with pytest.raises(SystemExit) as end:
+    cli.main()
+  assert end.value.code == (
+    "error: pixel-jax bench needs torch: pip install 'pixel_jax[parity]'"
+  )
+
+
 def test_configs_lists_what_there_is(capsys, monkeypatch):
   said = call(capsys, monkeypatch, "configs")
   for word in ("sft", "rl", "evaluate", "synthesize", "base", "full", "v5p:4x4x4"):

@@ -176,4 +176,9 @@ def test_another_config_is_told_field_by_field(tmp_path):
   assert "config.optim.lr was 0.2 and is 0.3" in str(told.value)
   assert "config.optim.b2 was None and is 0.5" in str(told.value)
   assert "b1" not in str(told.value)
+  (tmp_path / "config.json").write_text('{"optim": ')
+  with pytest.raises(settings.ConfigError, match=r"config.json is damaged .*Delete it"):
+    begin(lr=0.2)
+  (tmp_path / "config.json").unlink()
+  begin(lr=0.2)
   lock.release()

@@ -74,7 +74,10 @@ def read_config(directory: str | pathlib.Path) -> dict[str, Any]:
       f"{path} does not exist; give a folder that holds config.json and *.safetensors, "
       "such as a snapshot of Qwen/Qwen2.5-VL-7B-Instruct."
     )
-  return json.loads(path.read_text())
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise ValueError(f"{path} is no JSON ({error}); fetch it again.") from error
 
 
 def import_state(

@@ -15,6 +15,7 @@ A local workdir stands behind itself.  Needs gcsfs (extra [gcs]).
 
 import atexit
 import dataclasses
+import importlib.util
 import pathlib
 import re
 import shutil
@@ -121,6 +122,8 @@ def _find(place: str | pathlib.Path) -> Folder:
     return pathlib.Path(place).expanduser().resolve()
   if not re.fullmatch(r"gs://[^/]+(/[^/]+)+/?", text) or "/../" in f"{text}/":
     raise BucketError(f"{text} is no gs://BUCKET/RUN, nor a folder of this machine")
+  if importlib.util.find_spec("gcsfs") is None:
+    raise BucketError(f"{text} needs gcsfs: pip install 'pixel_jax[gcs]'")
   return epath.Path(text.rstrip("/"))
 
 

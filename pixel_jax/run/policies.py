@@ -109,7 +109,7 @@ def open_policy(
       )
     words = _load_tokenizer(_words_of(root))
     if hf.is_checkpoint(root):
-      extra = {"model": hf.read_config(root), "hf": str(root)}
+      extra = {"model": call("init", hf.read_config, root), "hf": str(root)}
     else:
       extra = checkpoint.load_extra(root)
     config = call("init", model_config.from_hf, extra["model"])

@@ -136,7 +136,14 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   if jax.process_index() == 0:
     lock.take(lasting)
   if checkpoint.complete_steps(lasting / "checkpoints") and file.exists():
-    differ = settings.differences(json.loads(file.read_text()), json.loads(text))
+    try:
+      begun = json.loads(file.read_text())
+    except ValueError as error:
+      raise ConfigError(
+        f"{file} is damaged ({error}); it says what the run was begun with.  Delete it to "
+        "go on with the config that you give"
+      ) from error
+    differ = settings.differences(begun, json.loads(text))
     if "total_steps" in differ and config.get("optim", {}).get("schedule") == "cosine":
       logging.warning(
         "%s: the cosine ends there now, so the rate jumps", differ["total_steps"]
