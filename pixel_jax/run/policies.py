@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import tqdm
 
 from pixel_jax import parallel
 from pixel_jax.chat import encode, tokenizer
@@ -265,15 +266,40 @@ def load(
   if hf.is_checkpoint(root):
     half = not whole and hf.read_config(root).get("torch_dtype") == "bfloat16"
     dtype = "bfloat16" if half else "float32"
-    there = layout(stored, mesh)
-    params = call("init", hf.import_checkpoint, root, stored, there, dtype)
+    with tqdm.tqdm(
+      desc=f"reading {root.name}", unit="B", unit_scale=True, unit_divisor=1000,
+      leave=False, disable=True if jax.process_index() else None,
+    ) as bar:  # fmt: skip
+
+      def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+
+      params = call(
+        "init",
+        hf.import_checkpoint,
+        root,
+        stored,
+        layout(stored, mesh),
+        dtype,
+        progress,
+      )
   else:
     want = table.unnest(qwen2_5_vl.abstract(stored))
-    if not whole:
-      have = table.unnest(checkpoint.stored(root))
-      for path in want.keys() & have.keys():
-        if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path):
-          want[path] = want[path].update(dtype=jnp.bfloat16)
+    have = table.unnest(checkpoint.stored(root))
+    half = [
+      path
+      for path in want.keys() & have.keys()
+      if have[path].dtype == jnp.bfloat16 and not lora.is_adapter(path)
+    ]
+    if half and whole:
+      raise ConfigError(
+        f"config.init: {root} holds bfloat16 weights, and training all of them wants "
+        "float32; import them so (pixel-jax convert import, without --dtype), or train "
+        "adapters: --config.lora.rank=32"
+      )
+    for path in half:
+      want[path] = want[path].update(dtype=jnp.bfloat16)
     params = checkpoint.load_params(root, table.nest(want), layout(stored, mesh))[0]
   if found and not config.lora:
     return qwen2_5_vl.merge(stored, params)
