@@ -29,8 +29,7 @@ from pixel_jax.chat import encode
 from pixel_jax.data import pack, pipeline, sources
 from pixel_jax.evals import protocol
 from pixel_jax.fields import PositiveInt
-from pixel_jax.model import flops, lora, qwen2_5_vl
-from pixel_jax.model.config import ModelConfig
+from pixel_jax.model import flops, qwen2_5_vl
 from pixel_jax.pixels import image, ops
 from pixel_jax.rl import advantages, objectives, replay, rewards
 from pixel_jax.rollout import engine, fleet
@@ -162,12 +161,7 @@ class Update(TypedDict):
   patches: PositiveInt
 
 
-SECTIONS = {  # what takes the fields of each section of the config
-  "": (settings.Run,),
-  "model": (ModelConfig, settings.Model),
-  "codec": (encode.Codec, settings.Named),
-  "lora": (lora.Config, settings.Adapters),
-  "mesh": (parallel.make_mesh,),
+SECTIONS = start.SECTIONS | {
   "data": (sources.open_source, pipeline.tasks, settings.Named),
   "eval": (sources.open_source, pipeline.open_fixed),
   "eval.rollout": (engine.Engine.run,),
@@ -178,9 +172,6 @@ SECTIONS = {  # what takes the fields of each section of the config
   "rl": (Update,),
   "loss": (objectives.loss,),
   "replay": (replay.Replay,),
-  "optim": (optim.make, optim.Guard),
-  "checkpoint": (checkpoint.Checkpoints,),
-  "wandb": (metrics.start_wandb,),
 }
 
 

@@ -19,11 +19,9 @@ import jax
 import jax.numpy as jnp
 
 from pixel_jax import parallel
-from pixel_jax.chat import encode
 from pixel_jax.data import pipeline, sources
 from pixel_jax.fields import NonNegativeInt
-from pixel_jax.model import flops, lora, qwen2_5_vl
-from pixel_jax.model.config import ModelConfig
+from pixel_jax.model import flops, qwen2_5_vl
 from pixel_jax.rollout import features
 from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
 from pixel_jax.synthesis import templates
@@ -127,16 +125,8 @@ def main(config, workdir):
   )
 
 
-SECTIONS = {  # what takes the fields of each section of the config
-  "": (settings.Run,),
-  "model": (ModelConfig, settings.Model),
-  "codec": (encode.Codec, settings.Named),
-  "lora": (lora.Config, settings.Adapters),
-  "mesh": (parallel.make_mesh,),
+SECTIONS = start.SECTIONS | {
   "data": (sources.open_source, pipeline.batches, settings.Named),
-  "optim": (optim.make, optim.Guard),
-  "checkpoint": (checkpoint.Checkpoints,),
-  "wandb": (metrics.start_wandb,),
   "features": (features.open_bank,),
   "eval": (sources.open_source, Held),
   "synthesis": (templates.Templates,),

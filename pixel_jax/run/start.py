@@ -17,9 +17,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from pixel_jax import parallel
-from pixel_jax.chat import tokenizer
+from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import lora, table
+from pixel_jax.model.config import ModelConfig
 from pixel_jax.run import bucket, checkpoint, lock, metrics, optim, policies, settings
 from pixel_jax.run.policies import Policy
 from pixel_jax.run.settings import ConfigError
@@ -28,6 +29,19 @@ CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
 
 
 WORKDIR = flags.DEFINE_string("workdir", None, "Where the run lives; again = go on.")
+
+
+# What takes the fields of each section of a training config (`settings.check`).
+SECTIONS = {
+  "": (settings.Run,),
+  "model": (ModelConfig, settings.Model),
+  "codec": (encode.Codec, settings.Named),
+  "lora": (lora.Config, settings.Adapters),
+  "mesh": (parallel.make_mesh,),
+  "optim": (optim.make, optim.Guard),
+  "checkpoint": (checkpoint.Checkpoints,),
+  "wandb": (metrics.start_wandb,),
+}
 
 
 # What may change when a run goes on: beginnings of paths that no step depends on.
