@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import math
+import pathlib
 import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import (
@@ -41,7 +42,6 @@ PositiveFloat = Annotated[Number, Gt(0)]
 NonNegativeFloat = Annotated[Number, Ge(0)]
 Share = Annotated[Number, Ge(0), Le(1)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
-
 
 Function = TypeVar("Function", bound=Callable)
 
@@ -136,14 +136,10 @@ def words(hint: Any) -> str:
   if origin is Mapping or hint is Mapping:
     return f"a mapping to {words(args[1])}" if args else "a mapping"
   plain = {
-    bool: "True or False",
-    int: "a whole number",
-    float: "a number",
-    str: "a text",
-  }
-  return plain.get(hint) or (
-    "None" if hint in (None, type(None)) else "a value of ours"
-  )
+    bool: "True or False", int: "a whole number", float: "a number", str: "a text",
+    pathlib.Path: "a path", None: "None", type(None): "None",
+  }  # fmt: skip
+  return plain.get(hint) or f"a {hint.__name__}"
 
 
 def choices(hint: Any) -> list[str]:
@@ -166,10 +162,7 @@ def _is_sequence(hint: Any) -> bool:
 
 
 def _is_array(hint: Any) -> bool:
-  return isinstance(hint, type) and hint.__module__.partition(".")[0] in (
-    "jax",
-    "jaxlib",
-  )
+  return isinstance(hint, type) and hint.__module__.startswith("jax")
 
 
 def _within(bound: Any, value: Any) -> bool:

@@ -89,7 +89,7 @@ def check(config: ConfigDict, sections: Mapping[str, Sequence[Callable]]) -> Non
   for section, takers in sections.items():
     held = config
     for part in section.split(".") if section else ():
-      held = held.get(part)
+      held = held.get(part) if isinstance(held, ConfigDict) else None
     if not isinstance(held, ConfigDict):
       raise ConfigError(
         f"the config has no section {section!r}, which this program reads; is it the "
