@@ -57,6 +57,7 @@ def main(config, workdir):
   }
   result["settings"].pop("policies")
   known = reusable(file, result["settings"])
+  parallel.barrier("known")  # all have read what the first will write again
   fleets = {}  # policies of one shape share the engines, and what was compiled for them
   for name, init in named.items():
     weights = checkpoint.fingerprint(policies.find(init))
@@ -66,7 +67,9 @@ def main(config, workdir):
       row = {"name": name, "policy": init, "weights": weights, "modes": modes}
     result["rows"].append(row)
     if jax.process_index() == 0:
-      file.write_text(json.dumps(result, indent=1))
+      partial = file.with_suffix(".partial")  # a kill leaves the rows before
+      partial.write_text(json.dumps(result, indent=1))
+      partial.replace(file)
     bucket.sync(workdir)
     metrics.say(report.table([row]))
   metrics.say(f"done: {metrics.compiled()}")

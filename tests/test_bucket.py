@@ -231,7 +231,7 @@ def test_a_killed_run_goes_on_in_the_bucket(storage, tmp_path):
 def test_two_processes_write_one_bucket(storage, tmp_path):
   """RL: each its own trajectories, process 0 the rest; one process goes on."""
   flags = {
-    "total_steps": 1, "save_every": 1, "eval_every": 2, "eval.tasks": 4,
+    "init": "random", "total_steps": 1, "save_every": 1, "eval_every": 2, "eval.tasks": 4,
     "keep_trajectories_every": 1, "rl.prompts_per_step": 4, "rl.group_size": 2,
     "rl.rows": 4, "mesh.data": -1, "engine.slots": 8, "optim.warmup_steps": 1,
   }  # fmt: skip

@@ -48,12 +48,14 @@ SMALL_RL = SMALL | {
   "engine.views": "()",
   "rollout.fixed_batch": True,
   "rollout.max_turns": 2,
+  "eval.rollout.fixed_batch": True,
+  "eval.rollout.max_turns": 2,
 }
 
 # A program of the run that notes what its process reads, may sleep over its first
 # rollouts, and judges by a hash: a policy of a few steps is never right.
 CHILD = """
-import importlib, os, pathlib, sys, time, zlib
+import functools, importlib, os, pathlib, sys, time, zlib
 rank = os.environ.get("JAX_PROCESS_ID", "0")
 sys.modules["torch"] = None  # which TensorBoard's writer would import, two seconds
 notes = pathlib.Path(os.environ["NOTES"]) / rank
@@ -78,6 +80,7 @@ def noted_load(self, media):
   note("media", media.path)
   return load(self, media)
 
+@functools.wraps(play)  # settings are checked by its hints
 def late(self, *args, **kwargs):
   if rank == "1" and not (notes / "slept").exists():
     note("slept", "")

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from pixel_jax import parallel, trajectory
+from pixel_jax.data import quarantine
 from pixel_jax.evals import protocol
 from pixel_jax.run import checkpoint, lock
 
@@ -189,21 +190,24 @@ def test_rl_goes_on_bit_for_bit(base, rl, tmp_path):
 
 
 @pytest.mark.slow
-def test_rl_goes_on_past_prompts_that_have_no_room(base, judged, tmp_path, caplog):
-  """Images take 14 tokens, clips 9: three groups of four are set aside."""
+def test_rl_goes_on_past_prompts_that_have_no_room(base, judged, tmp_path):
+  """Images take 14 tokens, clips 9: no image is asked about, and all groups are played."""
   short = {"engine.max_prompt": 8, "engine.prompt_len": 8, "total_steps": 2}
-  play(RL, tmp_path / "run", init=str(base), **SMALL_RL | short)
-  out = caplog.text
-  assert "set aside: the prompt of task" in out and "`max_prompt`" in out
+  few = {"data.max_bad_share": 0.9, "data.shards": 1}  # of four shards one has the clips
+  play(RL, tmp_path / "run", init=str(base), **SMALL_RL | short | few)
   rows = read_metrics(tmp_path / "run")
-  assert [r["rollout/too_long_prompts"] for r in rows] == [3.0, 3.0]
-  assert [r["rollout/prefills_per_group"] for r in rows] == [1.0, 1.0]
+  assert [r["rollout/too_long_prompts"] for r in rows] == [0.0, 0.0]
+  assert rows[-1]["data/bad_records"] > 0
+  told = (tmp_path / "run" / "quarantine.jsonl").read_text()
+  assert "the prompt has 14 tokens" in told and "max_prompt=8" in told
   for i in (1, 2):
     kept = list(
       trajectory.read_jsonl(tmp_path / f"run/trajectories/step_{i:06d}.jsonl")
     )
-    assert len(kept) == 4 * 8  # as many groups as ever: no host waits for another
-    assert sum(not any(t.sampled) for t in kept) == 3 * 8
+    assert len(kept) == 4 * 8 and all(any(t.sampled) for t in kept)
+    assert {t.task.media[0].kind for t in kept} == {"video"}
+  with pytest.raises(quarantine.DataError, match="max_prompt=8"):
+    play(RL, tmp_path / "most", init=str(base), **SMALL_RL | short)
 
 
 def test_evaluate_makes_the_table(base, rl, tmp_path, monkeypatch):
