@@ -115,7 +115,7 @@ def disk(name, straight, seconds, root, times, rng):
   place = root / f"disk_{name}"
   place.mkdir()
   told = []
-  for size in ("2m", "9m", "20m"):
+  for size in ("2m", "80m", "95m"):
     mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(place)]
     if subprocess.run(mount, capture_output=True).returncode:
       print("disk    skipped: this user may not mount a tmpfs")

@@ -193,10 +193,7 @@ def test_rl_goes_on_bit_for_bit(base, rl, tmp_path):
 def test_rl_goes_on_past_prompts_that_have_no_room(base, judged, tmp_path):
   """Images take 14 tokens, clips 9: no image is asked about, and all groups are played."""
   short = {"engine.max_prompt": 8, "engine.prompt_len": 8, "total_steps": 2}
-  few = {
-    "data.max_bad_share": 0.9,
-    "data.shards": 1,
-  }  # of four shards one has the clips
+  few = {"data.max_bad_share": 0.9, "data.shards": 1}  # one of four has all the clips
   play(RL, tmp_path / "run", init=str(base), **SMALL_RL | short | few)
   rows = read_metrics(tmp_path / "run")
   assert [r["rollout/too_long_prompts"] for r in rows] == [0.0, 0.0]
