@@ -1,11 +1,11 @@
 """Answers: what a turn answers, and whether that is right.  Strings only.
 
 `extract` finds the answer in a text, `judge` compares it with the gold answers and
-gives 0.0 or 1.0, `anls` is a graded likeness for the checks of synthesis.  Benchmarks score
-by the rules of `evals/rules.py`.  What the model writes
-is never evaluated as Python or as mathematics (the released reward lets sympy read
-prose as a product of letters, so that anagrams count as right), and every function
-takes time linear in the length of the text.
+gives 0.0 or 1.0, `anls` is a graded likeness for the checks of synthesis.  Benchmarks
+score by the rules of `evals/rules.py`.  What the model writes is never evaluated as
+Python or as mathematics (the released reward lets sympy read prose as a product of
+letters, so that anagrams count as right), and every function takes time linear in the
+length of the text.
 
   "... so \\\\boxed{B. red}."  --extract-->  "B. red"  --judge against "B"-->  1.0
 

@@ -41,13 +41,11 @@ def main(config, workdir):
       f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
     )
   benchmark = TINY_WORLD if sources.is_world(config.data.uri) else Benchmark()
-  for mode in config.modes:
-    unable = mode == "swapped" and benchmark.other_scene is None
-    if mode not in protocol.FORCE or unable:
-      raise settings.ConfigError(
-        f"config.modes has {mode!r}; allowed are {', '.join(protocol.FORCE)}, and swapped "
-        "only where data.uri names the tiny world (world:SPLIT)"
-      )
+  if "swapped" in config.modes and benchmark.other_scene is None:
+    raise settings.ConfigError(
+      "config.modes has 'swapped', which is allowed only where data.uri names the tiny "
+      "world (world:SPLIT)"
+    )
   file = workdir / "evaluation.json"
   result = {
     "split": config.data.uri,

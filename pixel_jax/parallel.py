@@ -333,6 +333,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def place(abstract: Any, shardings: Any) -> Any:
+  """Abstract arrays that know where they lie."""
+  return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
+
+
 def shardings(mesh: Mesh, logical_axes: dict, abstract: dict) -> dict:
   """NamedShardings of a parameter tree.
 

@@ -58,11 +58,13 @@ def main(config, workdir):
     batch=config.rl.prompts_per_step, workdir=workdir,
     refuses=functools.partial(rollouts.refuses, row=row), **host, **data,
   )  # fmt: skip
-  held = config.eval.uri and config.eval_every and settings.call(
-    "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir,
-    refuses=rollouts.refuses, uri=config.eval.uri, tasks=config.eval.tasks, **host,
-    **{k: data[k] for k in ("root", "filter", "layout", "shards")},
-  )  # fmt: skip
+  held = None
+  if config.eval.uri and config.eval_every:
+    held = settings.call(
+      "eval", pipeline.open_fixed, codec=policy.codec, workdir=workdir,
+      refuses=rollouts.refuses, uri=config.eval.uri, tasks=config.eval.tasks, **host,
+      **{k: data[k] for k in ("root", "filter", "layout", "shards")},
+    )  # fmt: skip
   memory = {
     s: settings.call("replay", replay.Replay, **config.replay)
     for s in parallel.own_rows(np.arange(shards)).tolist()

@@ -57,7 +57,10 @@ def test_a_wrong_name_is_one_line(tmp_path):
   assert len(said.splitlines()) == 1
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(monkeypatch):
+def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+  (tmp_path / "wants_torch.py").write_text("import torch")
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setitem(cli.PROGRAMS, "bench", "wants_torch")
   monkeypatch.setitem(sys.modules, "torch", None)
   monkeypatch.setattr(sys, "argv", ["pixel-jax", "bench", "decode"])
   with pytest.raises(SystemExit) as end:

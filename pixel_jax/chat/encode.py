@@ -66,9 +66,8 @@ class Codec:
   merge: int = image.MERGE
   tools: bool = True  # False: no operations are offered, every turn is an answer
   video_frames: PositiveInt = 16  # of a longer clip, so many are shown, evenly spaced
-  crop_source: Literal["original", "view"] = (
-    "original"  # "view": crops from what was shown, as released
-  )
+  # "view": crops from what was shown, as released.
+  crop_source: Literal["original", "view"] = "original"
   operations: tuple[Operation, ...] = ()  # of yours, beside the two
   # Bicubic resize to (width, height).  The engine may put one here that runs on its
   # device (pixels/resample.py); the bytes are the same.

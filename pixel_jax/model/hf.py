@@ -209,7 +209,7 @@ def _check(
   want = table.names(config)
   ends = ("emb.inv_freq", "emb.original_inv_freq")
   if buffers := [n for n in tensors if n.endswith(ends)]:
-    logging.info("%s: %s are computed, not read", source, _listed(buffers))
+    logging.warning("%s: %s are computed, not read", source, _listed(buffers))
     tensors = {n: x for n, x in tensors.items() if n not in buffers}
   names = {hub_name(n): n for n in tensors}
   # Some tied checkpoints repeat the embedding as a head; a head of its own is refused.

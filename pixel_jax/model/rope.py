@@ -40,9 +40,8 @@ def stretched(frequencies: np.ndarray, theta: float, yarn: Yarn) -> np.ndarray:
   ramp; as transformers' `_compute_yarn_parameters`."""
   count = len(frequencies)
 
-  def where(
-    turns: float,
-  ) -> float:  # the frequency that turns so often over the original
+  def where(turns: float) -> float:
+    """The place of the frequency that turns so often over the original positions."""
     return count * math.log(yarn.original / (turns * 2 * math.pi)) / math.log(theta)
 
   low, high = where(yarn.fast), where(yarn.slow)

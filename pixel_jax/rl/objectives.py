@@ -18,15 +18,13 @@ from pixel_jax import fields
 from pixel_jax.fields import NonNegativeFloat
 
 Clip = Annotated[Sequence[NonNegativeFloat], Len(2, 2)]  # below 1, above 1
+DualClip = Annotated[float | int, fields.ZeroOrAbove(1)]  # it bounds a ratio
 
 
 def bounded(log_ratio: Float[Array, "B T"]) -> Float[Array, "B T"]:
   """Log-ratios within 20, as verl bounds them: exp of more than 88 is infinite in f32,
   and its gradient a NaN even where the token is clipped."""
   return jnp.clip(log_ratio, -20.0, 20.0)
-
-
-DualClip = Annotated[float | int, fields.ZeroOrAbove(1)]  # it bounds a ratio
 
 
 @fields.checked

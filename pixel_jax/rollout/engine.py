@@ -37,7 +37,7 @@ from pixel_jax.model.config import ModelConfig
 from pixel_jax.pixels import resample
 from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode, pictures
-from pixel_jax.rollout.episode import Episode
+from pixel_jax.rollout.episode import Episode, overflow
 from pixel_jax.rollout.programs import Programs
 from pixel_jax.rollout.scheduler import Scheduler, Start
 from pixel_jax.rollout.table import Table
@@ -262,7 +262,7 @@ class Engine:
             prompt = prompts.pop(s.group) if last else prompts[s.group]
             key = _key(seed, step, names[s.group], s.sample)
             turns = self._turns(script, tasks[s.group], s.sample)
-            room = self._room(prompt)
+            room = self._room(len(prompt.trajectory.ids))
             episode = Episode(
               prompt.fork(s.sample), max_len=room, script=turns, **limits
             )
@@ -339,23 +339,25 @@ class Engine:
     Args:
       row: of `run`.
     """
-    largest = max(patches, default=0)
-    if tokens - 1 > self.max_prompt or largest > self.patches:
-      return (
-        f"the prompt has {tokens} tokens and {largest} patches in its largest picture; "
-        f"the engine takes max_prompt={self.max_prompt} and patches={self.patches}.  "
-        "Raise these, or lower the pixel budgets"
-      )
-    if row and (tokens >= row[0] or sum(patches) > row[1]):
-      return (
-        f"the prompt has {tokens} tokens and {sum(patches)} patches, a row of training "
-        f"tokens={row[0]} and patches={row[1]}.  Raise these, or lower the pixel budgets"
-      )
-    return ""
+    why = overflow(
+      tokens, patches, max_len=self._room(tokens), max_patches=self.patches, row=row
+    )
+    if not why:
+      return ""
+    if why == "row":
+      has, of = sum(patches), "in all; a row of training"
+      limits = f"tokens={row[0]} and patches={row[1]}"
+    else:
+      has, of = max(patches, default=0), "in its largest picture; the engine"
+      limits = f"max_prompt={self.max_prompt} and patches={self.patches}"
+    return (
+      f"the prompt has {tokens} tokens and {has} patches {of} takes {limits}.  Raise "
+      "these, or lower the pixel budgets"
+    )
 
-  def _room(self, prompt: Conversation) -> int:
-    """Ids that a conversation may have; none where its prompt is too long."""
-    stored = len(prompt.trajectory.ids) - 1  # the last is fed when decoding begins
+  def _room(self, tokens: int) -> int:
+    """Ids that a conversation with such a prompt may have; none where it is too long."""
+    stored = tokens - 1  # the last is fed when decoding begins
     return stored + self.max_own if stored <= self.max_prompt else 0
 
   def _prompt(self, task: Task, load_media: Callable, swap) -> Conversation:

@@ -15,11 +15,32 @@ room keeps its turn, and has the error "no_room".
 Not here: slots, caches, how an operation works.
 """
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from pixel_jax.chat.encode import Conversation
 from pixel_jax.pixels.geometry import Pixels
+
+
+def overflow(
+  tokens: int,
+  patches: Collection[int],
+  *,
+  max_len: int,
+  max_patches: int,
+  row: tuple[int, int] | None,
+) -> str:
+  """Why a conversation has no room for another token, as it stops by; "" where it has.
+
+  Args:
+    tokens: that it has.
+    patches: of each of its pictures.
+    max_len, max_patches, row: as in `Episode`.
+  """
+  if tokens >= max_len or max(patches, default=0) > max_patches:
+    return "length"
+  if row and (tokens >= row[0] or sum(patches) > row[1]):
+    return "row"
+  return ""
 
 
 class Episode:
@@ -51,8 +72,8 @@ class Episode:
     if min(max_turns, max_new_tokens) < 1:
       raise ValueError(f"{max_turns=}, {max_new_tokens=}: both must be positive.")
     self.conversation = conversation
-    self._max_len, self._max_patches = max_len, max_patches
-    self._row_tokens, self._row_patches = row or (max_len, math.inf)
+    self._limits = dict(max_len=max_len, max_patches=max_patches, row=row)
+    self._most = min(max_len, row[0]) if row else max_len
     self._max_turns, self._operations = max_turns, operations
     self._max_new_tokens = max_new_tokens
     self._script = script
@@ -76,12 +97,7 @@ class Episode:
   def _overflow(self, conversation: Conversation) -> str:
     """Why a conversation has no room for another token; "" where it has."""
     sizes = {p.key: p.num_patches for p in conversation.pixels}
-    length = len(conversation.trajectory.ids)
-    if length >= self._max_len or max(sizes.values(), default=0) > self._max_patches:
-      return "length"
-    if length >= self._row_tokens or sum(sizes.values()) > self._row_patches:
-      return "row"
-    return ""
+    return overflow(len(conversation.trajectory.ids), sizes.values(), **self._limits)
 
   def shown(self, begin: int, end: int) -> Iterator[tuple[int, Pixels]]:
     """(first placeholder, picture) of the pictures that stand in ids[begin:end]."""
@@ -95,7 +111,7 @@ class Episode:
   def budget(self) -> int:
     """Tokens that the turn in progress may still have."""
     turn = len(self._turn[0])
-    room = min(self._max_len, self._row_tokens) - len(self.ids) - turn
+    room = self._most - len(self.ids) - turn
     return max(0, min(self._max_new_tokens - turn, room))
 
   @property
@@ -113,8 +129,7 @@ class Episode:
     self._turn = ([], [])
     self._turns += 1
     if not ended:
-      full = self._row_tokens < self._max_len and len(self.ids) >= self._row_tokens
-      return self._done("row" if full else "length")
+      return self._done(self._overflow(self.conversation) or "length")
     if self.conversation.last_call() is None:
       return self._done("answer")
     if self._turns == self._max_turns or not self._operations:

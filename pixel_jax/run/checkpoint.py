@@ -14,7 +14,6 @@ relative path or a full disk surface in a thread: both are errors here, in one l
 
 import base64
 import contextlib
-import itertools
 import json
 import math
 import pathlib
@@ -165,15 +164,18 @@ class Checkpoints:
     """Moves a damaged step to WORKDIR/damaged; in a bucket it is deleted."""
     parallel.barrier("damaged")
     if jax.process_index() == 0:
-      if isinstance(self.directory, pathlib.Path):
-        aside = self.directory.parent / "damaged"
-        aside.mkdir(exist_ok=True)
-        name = next(n for n in _names(step) if not (aside / n).exists())
-        (self.directory / str(step)).rename(aside / name)
+      damaged = self.directory / str(step)
+      if isinstance(damaged, pathlib.Path):
+        aside = self.directory.parent / "damaged" / str(step)
+        aside.parent.mkdir(exist_ok=True)
+        while aside.exists():  # it was damaged before
+          aside = aside.with_name(aside.name + "_")
+        damaged.rename(aside)
       else:
-        (self.directory / str(step)).rmtree()
+        damaged.rmtree()
     parallel.barrier("set aside")
     self._manager.reload()
+    self._kept.scores = _read_scores(self.directory)
 
   def _restore(self, state: dict, step: int) -> tuple[int, dict, Any]:
     where = self.directory / str(step)
@@ -213,35 +215,28 @@ class _Kept(ocp.checkpoint_managers.PreservationPolicy):
     self._newest, self._metric = newest, metric
 
   def add(self, step: int, metrics: Mapping[str, float]) -> None:
-    if (
-      self._metric and self._metric in metrics and math.isfinite(metrics[self._metric])
-    ):
-      self.scores[str(step)] = float(metrics[self._metric])
+    if math.isfinite(score := metrics.get(self._metric, math.nan)):
+      self.scores[str(step)] = float(score)
 
   def should_preserve(self, checkpoints, *, context) -> list[bool]:
     steps = [c.step for c in checkpoints]
     scores = {s: self.scores[str(s)] for s in steps if str(s) in self.scores}
     choose = min if self._metric.endswith("loss") else max
-    best = (
-      choose(reversed(scores), key=scores.get) if scores else None
-    )  # of equal: newest
+    # Of equal ones the newest.
+    best = choose(reversed(scores), key=scores.get, default=None)
     return [step == best or step in steps[-self._newest :] for step in steps]
 
 
 def _read_scores(directory: bucket.Folder) -> dict[str, float]:
   """Those of a run that goes on; {} where the newest step cannot tell."""
-  newest = max(complete_steps(directory), default=None)
   try:
-    host = ocp.JsonCheckpointHandler().restore(
-      epath.Path(directory / f"{newest}" / HOST)
-    )
-    return dict(host.get("scores", {}))
-  except Exception:  # there is none, or it is damaged, which `restore` tells
+    return dict(_read_host(directory / str(max(complete_steps(directory))))["scores"])
+  except Exception:  # there is none, it is of 0.1, or damaged, which `restore` tells
     return {}
 
 
-def _names(step: int) -> Iterator[str]:
-  return itertools.chain([str(step)], (f"{step}.{n}" for n in itertools.count(2)))
+def _read_host(step: bucket.Folder) -> dict[str, Any]:
+  return ocp.JsonCheckpointHandler().restore(epath.Path(step / HOST))
 
 
 def nonfinite(state: dict) -> list[str]:
@@ -357,7 +352,7 @@ def load_extra(directory: str | pathlib.Path) -> dict:
   with _told(where):
     if (where / "extra.json").exists():
       return json.loads((where / "extra.json").read_text())
-    return ocp.JsonCheckpointHandler().restore(epath.Path(where / HOST))["extra"]
+    return _read_host(where)["extra"]
 
 
 def holds_params(directory: str | pathlib.Path) -> bool:

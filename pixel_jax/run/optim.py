@@ -108,13 +108,9 @@ def memory(
     params: abstract, with shardings.
   """
   trained = split(params, freeze)[0]
-  moments = jax.eval_shape(tx.init, trained)
-  placed = jax.tree.map(
-    lambda x, s: x.update(sharding=s), moments, state_shardings(tx, trained)
-  )
   return sum(
     math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
-    for x in jax.tree.leaves((params, trained, placed))
+    for x in jax.tree.leaves((params, trained, abstract(tx, trained)))
   )
 
 
@@ -150,6 +146,11 @@ def init(tx: optax.GradientTransformation, params: dict) -> Any:
   A bare jit(tx.init) would replicate the moments: zeros depend on no input.
   """
   return jax.jit(tx.init, out_shardings=state_shardings(tx, params))(params)
+
+
+def abstract(tx: optax.GradientTransformation, params: dict) -> Any:
+  """The state of `init` for abstract params with shardings: nothing is allocated."""
+  return parallel.place(jax.eval_shape(tx.init, params), state_shardings(tx, params))
 
 
 def state_shardings(tx: optax.GradientTransformation, params: dict) -> Any:

@@ -47,14 +47,10 @@ class Policy:
     mistake in the settings is told before."""
     return self.read()
 
-  @property
+  @functools.cached_property
   def abstract(self) -> dict:
-    """The shapes, dtypes and layout of `params` of a model that is trained as a whole."""
-    return jax.tree.map(
-      lambda x, s: x.update(sharding=s),
-      qwen2_5_vl.abstract(self.config),
-      layout(self.config, self.mesh),
-    )
+    """What `params` will be, as `abstract` has it."""
+    return abstract(self.config, self.mesh)
 
   @property
   def extra(self) -> dict:
@@ -275,15 +271,8 @@ def load(
         bar.total = total
         bar.update(done - bar.n)
 
-      params = call(
-        "init",
-        hf.import_checkpoint,
-        root,
-        stored,
-        layout(stored, mesh),
-        dtype,
-        progress,
-      )
+      there = layout(stored, mesh)
+      params = call("init", hf.import_checkpoint, root, stored, there, dtype, progress)
   else:
     want = table.unnest(qwen2_5_vl.abstract(stored))
     have = table.unnest(checkpoint.stored(root))
@@ -306,6 +295,20 @@ def load(
   if config.lora and not found:
     return qwen2_5_vl.adapt(config, params, jax.random.key(seed), layout(config, mesh))
   return params
+
+
+def abstract(config: model_config.ModelConfig, mesh) -> dict:
+  """The parameters of a model that is to be trained, without numbers.
+
+  Beside adapters the weights stay as most are released, in bfloat16 (`load`).
+  """
+  flat = table.unnest(qwen2_5_vl.abstract(config))
+  if config.lora:
+    flat = {
+      path: x if lora.is_adapter(path) else x.update(dtype=jnp.bfloat16)
+      for path, x in flat.items()
+    }
+  return parallel.place(table.nest(flat), layout(config, mesh))
 
 
 def layout(config: model_config.ModelConfig, mesh) -> dict:

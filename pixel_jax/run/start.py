@@ -12,14 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from pixel_jax import parallel
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources
-from pixel_jax.model import lora, table
+from pixel_jax.model import lora
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.run import bucket, checkpoint, lock, metrics, optim, policies, settings
 from pixel_jax.run.policies import Policy
@@ -210,12 +209,6 @@ def open_run(
 def describe(config: ConfigDict, policy: Policy, tx: Any) -> None:
   """What a run logs before it reads the weights; `tx` is its optimizer."""
   freeze, params, mesh = settings.frozen(config), policy.abstract, policy.mesh
-  if policy.config.lora:  # beside adapters the weights stay as most are released
-    half = {
-      p: x if lora.is_adapter(p) else x.update(dtype=jnp.bfloat16)
-      for p, x in table.unnest(params).items()
-    }
-    params = table.nest(half)
   sizes = [x.size for x in jax.tree.leaves(params)]
   trained = jax.tree.leaves(optim.split(params, freeze)[0])
   device = f"{jax.devices()[0].device_kind} x {jax.device_count()}"

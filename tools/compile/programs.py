@@ -86,25 +86,15 @@ def open_run(config: Any, devices: list[jax.Device]) -> Run:
   if config.lora.rank:
     asked = settings.call("lora", lora.Config, **config.lora)
   model = settings.call("model", dataclasses.replace, preset, **fields, lora=asked)
-  params = {
-    # Beside adapters the weights stay as released, in bfloat16 (`policies.load`).
-    path: x.update(dtype=jnp.bfloat16) if asked and not lora.is_adapter(path) else x
-    for path, x in table.unnest(qwen2_5_vl.abstract(model)).items()
-  }
-  params = place(table.nest(params), policies.layout(model, mesh))
+  params = policies.abstract(model, mesh)
   freeze = settings.frozen(config)
   steps = config.total_steps * (config.rl.minibatches if "rl" in config else 1)
   tuned, _ = settings.of_optim(config, steps)
   tx, schedule = settings.call("optim", optim.make, params, **tuned)
-  trained = optim.split(params, freeze)[0]
-  opt = place(jax.eval_shape(tx.init, trained), optim.state_shardings(tx, trained))
+  opt = optim.abstract(tx, optim.split(params, freeze)[0])
   step = jax.ShapeDtypeStruct((), jnp.int32, sharding=parallel.replicated(mesh))
   state = {"params": params, "opt": opt, "step": step}
   return Run(config, mesh, model, tx, schedule, state)
-
-
-def place(abstract: Any, shardings: Any) -> Any:
-  return jax.tree.map(lambda x, s: x.update(sharding=s), abstract, shardings)
 
 
 def rows(
