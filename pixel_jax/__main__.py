@@ -52,10 +52,12 @@ def main() -> None:
     except ModuleNotFoundError as error:
       if error.name not in EXTRAS:
         raise
-      sys.exit(
+      print(
         f"error: pixel-jax {name} needs {error.name}: pip install "
-        f"'pixel_jax[{EXTRAS[error.name]}]'"
+        f"'pixel_jax[{EXTRAS[error.name]}]'",
+        file=sys.stderr,
       )
+      sys.exit(2)
 
 
 def _docstring(module: str, lines: int | None = None) -> str:

@@ -57,7 +57,9 @@ def test_a_wrong_name_is_one_line(tmp_path):
   assert len(said.splitlines()) == 1
 
 
-def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch):
+def test_a_package_that_is_missing_is_named_with_its_extra(
+  tmp_path, monkeypatch, capsys
+):
   (tmp_path / "wants_torch.py").write_text("import torch")
   monkeypatch.syspath_prepend(tmp_path)
   monkeypatch.setitem(cli.PROGRAMS, "bench", "wants_torch")
@@ -65,8 +67,9 @@ def test_a_package_that_is_missing_is_named_with_its_extra(tmp_path, monkeypatch
   monkeypatch.setattr(sys, "argv", ["pixel-jax", "bench", "decode"])
   with pytest.raises(SystemExit) as end:
     cli.main()
-  assert end.value.code == (
-    "error: pixel-jax bench needs torch: pip install 'pixel_jax[parity]'"
+  assert end.value.code == 2
+  assert capsys.readouterr().err == (
+    "error: pixel-jax bench needs torch: pip install 'pixel_jax[parity]'\n"
   )
 
 
