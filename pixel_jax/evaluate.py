@@ -1,77 +1,107 @@
-"""Policies side by side on one split, with and without operations.
+"""Policies side by side on benchmarks or on your questions, with controls.
 
+  pixel-jax evaluate --config=evaluate:7b,vstar,hrbench4k --workdir=DIR \\
+      --config.data.root=DATA --config.policies=BASE=HF_DIR,RL=runs/rl
   pixel-jax evaluate --config=evaluate:tiny --workdir=DIR \\
       --config.policies=SFT=runs/sft,RL=runs/rl [--config.KEY=VALUE ...]
   python -m pixel_jax.evaluate --config=configs/evaluate.py:tiny ...    the same program
 
 --config: a config of ours (pixel-jax configs lists them) or FILE.py:ARGUMENT of yours.
---config.policies: NAME=DIR of workdirs or of what `pixel-jax convert` wrote.
-Writes evaluation.json and the trajectories into the workdir.
+--config.policies: NAME=DIR of workdirs, of Hugging Face folders, or of what
+`pixel-jax convert` wrote.
+Writes evaluation.json, predictions/, exports/ and all trajectories into the workdir; the
+same command goes on where a killed one stopped, answer by answer.
 """
 
 import dataclasses
 import functools
+import hashlib
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal, TypedDict
 
 import jax
+from absl import logging
 from tqdm import tqdm
 
 from pixel_jax import parallel, trajectory
 from pixel_jax.chat import encode
 from pixel_jax.data import pipeline, sources
-from pixel_jax.evals import protocol, report
-from pixel_jax.evals.benchmark import Benchmark
+from pixel_jax.evals import benchmark as benchmark_lib
+from pixel_jax.evals import exports, protocol, report
+from pixel_jax.evals.benchmark import Benchmark, Row
+from pixel_jax.evals.hrbench import HRBENCH_4K, HRBENCH_8K
+from pixel_jax.evals.infographicvqa import INFOGRAPHICVQA
+from pixel_jax.evals.mme_realworld import MME_REALWORLD_LITE
+from pixel_jax.evals.mvbench import MVBENCH
+from pixel_jax.evals.protocol import Protocol
+from pixel_jax.evals.tallyqa import TALLYQA_COMPLEX, TALLYQA_EVALDATA, TALLYQA_SIMPLE
 from pixel_jax.evals.tiny_world import TINY_WORLD
-from pixel_jax.fields import Seed
+from pixel_jax.evals.treebench import TREEBENCH
+from pixel_jax.evals.visualprobe import VISUALPROBE
+from pixel_jax.evals.vstar import VSTAR
+from pixel_jax.fields import PositiveInt, Seed
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.rollout import engine, fleet
 from pixel_jax.run import bucket, checkpoint, metrics, policies, settings, start
+from pixel_jax.run.settings import ConfigError
+from pixel_jax.trajectory import Task, Trajectory
+
+BENCHMARKS = {
+  b.name: b
+  for b in (
+    VSTAR, HRBENCH_4K, HRBENCH_8K, TALLYQA_SIMPLE, TALLYQA_COMPLEX, TALLYQA_EVALDATA,
+    INFOGRAPHICVQA, MVBENCH, VISUALPROBE, TREEBENCH, MME_REALWORLD_LITE,
+  )
+}  # fmt: skip
+OPTIONS = 8  # of a choice at most, where they are scored by their likelihood
 
 
 def main(config, workdir):
   settings.check(config, SECTIONS)
+  named, plan = policies_of(config), plan_of(config)
   start.open_workdir(workdir, config)
   mesh = parallel.make_mesh()
-  parts = [p.rpartition("=") for p in config.policies.split(",")]
-  named = {name: init for name, _, init in parts if name}
-  if not named:
-    raise settings.ConfigError(
-      f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
-    )
-  benchmark = TINY_WORLD if sources.is_world(config.data.uri) else Benchmark()
-  if "swapped" in config.modes and benchmark.other_scene is None:
-    raise settings.ConfigError(
-      "config.modes has 'swapped', which is allowed only where data.uri names the tiny "
-      "world (world:SPLIT)"
-    )
   file = workdir / "evaluation.json"
   result = {
-    "split": config.data.uri,
+    "split": config.data.uri or ", ".join(config.benchmarks),
     "temperature": config.rollout.temperature,
     "settings": json.loads(config.copy_and_resolve_references().to_json()),
     "rows": [],
+    "pairs": [],
   }
   result["settings"].pop("policies")
-  known = reusable(file, result["settings"])
+  known = earlier_rows(file)
   parallel.barrier("known")  # all have read what the first will write again
   fleets = {}  # policies of one shape share the engines, and what was compiled for them
   for name, init in named.items():
-    weights = checkpoint.fingerprint(policies.find(init))
-    row = known.get((name, weights))
-    if row is None:
-      modes = evaluate(config, workdir, name, init, mesh, benchmark, fleets)
-      row = {"name": name, "policy": init, "weights": weights, "modes": modes}
-    result["rows"].append(row)
-    if jax.process_index() == 0:
-      partial = file.with_suffix(".partial")  # a kill leaves the rows before
-      partial.write_text(json.dumps(result, indent=1))
-      partial.replace(file)
-    bucket.sync(workdir)
-    metrics.say(report.table([row]))
+    player = Player(config, workdir, name, init, mesh, fleets)
+    for benchmark, how, modes in plan:
+      row = {
+        "name": name, "policy": init, "weights": player.weights,
+        "benchmark": benchmark.name, "protocol": how.name, "modes": {},
+      }  # fmt: skip
+      result["rows"].append(row)
+      for mode in modes:
+        row["modes"][mode] = player.play(benchmark, how, mode, known)
+        if jax.process_index() == 0:
+          result["pairs"] = pairs(workdir, result["rows"])
+          partial = file.with_suffix(".partial")  # a kill leaves the rows before
+          partial.write_text(json.dumps(result, indent=1))
+          partial.replace(file)
+        bucket.sync(workdir)
+      metrics.say(report.table([row]))
+      for mode, other in incomparable(result["rows"], row):
+        logging.warning(
+          "%s and %s were not asked %s in the same way (mode %s): prompt, options, "
+          "decoding, pixel budgets, parser or split differ, so do not compare them",
+          other, name, benchmark.name, mode,
+        )  # fmt: skip
   metrics.say(f"done: {metrics.compiled()}")
-  metrics.say(f"in {bucket.behind(workdir)}: evaluation.json, trajectories/")
+  metrics.say(
+    f"in {bucket.behind(workdir)}: evaluation.json, predictions/, trajectories/"
+  )
 
 
 class Fields(TypedDict):
@@ -79,7 +109,11 @@ class Fields(TypedDict):
 
   seed: Seed
   policies: str
-  modes: Sequence[Literal[tuple(protocol.FORCE)]]
+  benchmarks: Sequence[Literal[tuple(BENCHMARKS)]]
+  protocols: Sequence[Literal[tuple(protocol.PROTOCOLS)]]
+  modes: Sequence[Literal[protocol.MODES]]
+  samples: PositiveInt
+  exports: Sequence[Literal[tuple(exports.FORMATS)]]
   judge: str
 
 
@@ -93,77 +127,346 @@ SECTIONS = {  # what takes the fields of each section of the config
 }
 
 
-def reusable(file, settings) -> dict[tuple, dict]:
-  """Rows of an earlier evaluation with the same settings, by name and weights."""
+def policies_of(config) -> dict[str, str]:
+  """NAME -> DIR of `config.policies`."""
+  parts = [p.rpartition("=") for p in config.policies.split(",")]
+  named = {name: init for name, _, init in parts if name}
+  if not named:
+    raise ConfigError(
+      f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
+    )
+  return named
+
+
+def plan_of(config) -> list[tuple[Benchmark, Protocol, list[str]]]:
+  """What is played: every benchmark under every protocol, in the modes that fit."""
+  if config.benchmarks and config.data.uri:
+    raise ConfigError(
+      f"config.benchmarks={config.benchmarks} and config.data.uri={config.data.uri!r} both "
+      "name questions; give one of them, and data.root for benchmarks"
+    )
+  if config.benchmarks:
+    chosen = [BENCHMARKS[name] for name in config.benchmarks]
+  else:
+    chosen = [TINY_WORLD if sources.is_world(config.data.uri) else Benchmark()]
+  if right := settings.imported("judge", config.judge):
+    chosen = [dataclasses.replace(b, judge=right) for b in chosen]
+  plan, left_out = [], set()
+  for benchmark, name in itertools.product(chosen, config.protocols):
+    how = protocol.PROTOCOLS[name]
+    fit = [m for m in config.modes if protocol.allows(benchmark, how, m)]
+    if "free" in fit and protocol.allows(benchmark, how, "likelihood"):
+      fit = [*fit, *({"likelihood"} - set(fit))]
+    left_out |= set(config.modes) - set(fit)
+    if fit:
+      plan.append((benchmark, how, fit))
+  for mode in sorted(left_out - {m for _, _, fit in plan for m in fit}):
+    raise ConfigError(
+      f"config.modes has {mode!r}, which fits none of what is asked; masked wants the "
+      "boxes of a target (the tiny world, vstar, treebench), swapped the tiny world "
+      "(data.uri=world:SPLIT), likelihood vstar's official protocol, and all but free and "
+      "masked the pixel protocol"
+    )
+  return plan
+
+
+def earlier_rows(file) -> dict[tuple, dict]:
+  """The figures of an earlier evaluation by policy, weights, benchmark, protocol, mode."""
   if not file.exists():
     return {}
-  earlier = json.loads(file.read_text())
-  if earlier.get("settings") != settings:
-    return {}
-  return {(r["name"], r["weights"]): r for r in earlier["rows"]}
+  return {
+    (r["name"], r["weights"], r["benchmark"], r["protocol"], mode): figures
+    for r in json.loads(file.read_text()).get("rows", ())
+    for mode, figures in r["modes"].items()
+  }
 
 
-def evaluate(
-  config, workdir, name: str, init: str, mesh, benchmark, fleets: dict
-) -> dict[str, dict]:
-  """What one policy does in every mode; its trajectories are written.
-
-  Every device has an engine, and every engine its share of the tasks.
+class Player:
+  """One policy, and what it is asked.  Every device has an engine, and every engine its
+  share of the questions.
 
   Args:
     fleets: those of earlier policies, by model and tokenizer; a new one is added.
   """
-  right = settings.imported("judge", config.judge) or protocol.judge
-  policy = policies.open_policy(
-    init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
-  )
-  host = dict(host=jax.process_index(), hosts=jax.process_count())
-  make = functools.partial(
-    settings.call, "engine", engine.Engine, policy.config, policy.codec, **config.engine
-  )
-  shape = policy.config, policy.codec.tokenizer.digest
-  if shape not in fleets:
-    fleets[shape] = fleet.Fleet(make, policy.config, mesh, shards=mesh.size)
-  rollouts = fleets[shape]
-  questions = settings.call(
-    "data", pipeline.open_fixed, codec=policy.codec, workdir=workdir, shards=mesh.size,
-    refuses=rollouts.refuses, **host, **settings.of_data(config),
-  )  # fmt: skip
-  params = rollouts.sync(policy.params)
-  modes = {}
-  folder = workdir / "trajectories"
-  count = len(config.modes) * len(questions.tasks)
-  bar = tqdm(desc=name, total=count, unit="answer", leave=False, disable=None)
-  for mode in config.modes:
-    if host["host"] == 0:  # of another number of hosts, maybe
-      for earlier in folder.glob(f"{name}_{mode}.*jsonl"):
-        earlier.unlink()
-    played = protocol.play(
-      rollouts,
-      params,
-      questions.tasks,
-      mode=mode,
-      seed=config.seed,
-      load_media=questions.load_media,
-      other_scene=benchmark.other_scene,
-      progress=bar.update,
-      **config.rollout,
+
+  def __init__(self, config, workdir, name: str, init: str, mesh, fleets: dict):
+    self.config, self.workdir, self.name, self.mesh = config, workdir, name, mesh
+    self.weights = checkpoint.fingerprint(policies.find(init))
+    self.policy = policies.open_policy(
+      init, model=config.model, codec=config.codec, mesh=mesh, seed=0, workdir=workdir
     )
-    modes[mode] = report.summarize(of_hosts(played), benchmark.covers, right)
-    if mode != "swapped":  # its pictures could not be redrawn
-      file = trajectory.host_file(f"{name}_{mode}", **host)
-      trajectory.write_jsonl(folder / file, played)
-  bar.close()
-  return modes
+    self.host = dict(host=jax.process_index(), hosts=jax.process_count())
+    largest = max(config.samples, OPTIONS if "official" in config.protocols else 1)
+    make = functools.partial(
+      settings.call, "engine", engine.Engine, self.policy.config, self.policy.codec,
+      group_size=largest, **config.engine,
+    )  # fmt: skip
+    shape = self.policy.config, self.policy.codec.tokenizer.digest
+    if shape not in fleets:
+      fleets[shape] = fleet.Fleet(make, self.policy.config, mesh, shards=mesh.size)
+    self.fleet = fleets[shape]
+    self._asked: dict[str, tuple] = {}
+
+  @functools.cached_property
+  def params(self):
+    """The weights where the engines have them; read when something is to be played."""
+    return self.fleet.sync(self.policy.params)
+
+  def questions(self, benchmark: Benchmark) -> tuple[pipeline.Questions, dict]:
+    """This host's questions, and those that were set aside, counted."""
+    if benchmark.name not in self._asked:
+      config, codec = self.config, self.policy.codec
+      plan = settings.of_data(config)
+      count = plan.pop("tasks")
+      common = dict(
+        workdir=self.workdir, shards=self.mesh.size, refuses=self.fleet.refuses
+      )
+      if benchmark.read is None:
+        source = settings.call(
+          "data", sources.open_source, plan.pop("uri"), codec=codec, **plan
+        )
+      else:
+        source = benchmark_lib.open_benchmark(benchmark, config.data.root, codec)
+        source.filter = sources.Filter(**config.data.filter)
+      count = min(count or len(source), len(source))
+      watched = _Watched(source, f"{self.name}: reading {benchmark.name}")
+      tasks = pipeline.fixed_tasks(watched, count, **common, **self.host)
+      watched.close()
+      asked = pipeline.Questions(benchmark_lib.distinct(tasks), source.load_media)
+      here = parallel.total({"usable": len(tasks)})["usable"]
+      self._asked[benchmark.name] = asked, {"set_aside": int(count - here)}
+    return self._asked[benchmark.name]
+
+  def play(
+    self, benchmark: Benchmark, how: Protocol, mode: str, known: dict
+  ) -> dict[str, dict]:
+    """What the policy does in a mode; answers that a killed run left are taken over."""
+    config, folder = self.config, self.workdir / "trajectories"
+    questions, counted = self.questions(benchmark)
+    tasks = questions.tasks
+    key = self._fingerprint(benchmark, how, mode, tasks)
+    place = (self.name, self.weights, benchmark.name, how.name, mode)
+    stem = "_".join((self.name, benchmark.name, how.name, mode))
+    lines = self.workdir / "predictions" / f"{stem}.jsonl"
+    if known.get(place, {}).get("hash") == key and lines.exists():
+      return known[place]
+    samples = config.samples
+    if mode == "likelihood":
+      samples = max((len(t.reference["options"]) for t in tasks), default=1)
+      samples = int(parallel.agree(samples, "max"))
+    run = f"{stem}.{hashlib.blake2b((key + self.weights).encode()).hexdigest()[:16]}"
+    played = dict(_left(folder, run))
+    wanted = {(t.id, s) for t in tasks for s in range(samples)}
+    played = {k: t for k, t in played.items() if k in wanted}
+    parallel.barrier("left")  # all have read what others may write to
+    todo = [t for t in tasks if any((t.id, s) not in played for s in range(samples))]
+    own = folder / f"{run}.{self.host['host']:03d}.partial"
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+      desc=f"{self.name} {benchmark.name} {how.name} {mode}", unit="answer",
+      total=len(wanted), initial=len(played), leave=False, disable=None,
+    )  # fmt: skip
+    right = [0.0, 0]
+    _cut_torn(own)
+    with own.open("a", encoding="utf-8") as f:
+
+      def ended(i: int, t: Trajectory) -> None:
+        if mode != "likelihood":
+          row = protocol.score(benchmark, how, todo[i], t)
+          score = next(iter(row.scores.values()))
+          t.reward["correct"] = score
+          right[0], right[1] = right[0] + score, right[1] + 1
+          bar.set_postfix(score=f"{right[0] / right[1]:.3f}", refresh=False)
+        f.write(trajectory.to_json(t) + "\n")
+        f.flush()
+        played[t.task.id, t.sample] = bare(t)
+        bar.update()
+
+      if parallel.total({"n": len(todo)})["n"]:
+        protocol.play(
+          self.fleet, self.params, todo, benchmark=benchmark, protocol=how, mode=mode,
+          codec=self.policy.codec, samples=samples, settings=dict(config.rollout),
+          seed=config.seed, load_media=questions.load_media, ended=ended,
+        )  # fmt: skip
+    bar.close()
+    ordered = [played[t.id, s] for t in tasks for s in range(samples)]
+    rows = self._rows(benchmark, how, mode, tasks, ordered, samples)
+    self._keep(folder, stem, run, [(t.id, s) for t in tasks for s in range(samples)])
+    if self.host["host"] == 0:
+      told = [exports.prediction(row, benchmark) for row in rows]
+      exports.write_jsonl(lines, told)
+      firsts = [row for row in rows if row.trajectory.sample == 0]
+      for form in config.exports:
+        ending = "xlsx" if form == "vlmevalkit" else "jsonl"
+        exports.FORMATS[form](
+          self.workdir / "exports" / form / f"{stem}.{ending}", firsts
+        )
+    parallel.barrier("kept")
+    return {"hash": key} | report.summarize(rows, benchmark) | counted
+
+  def _fingerprint(self, benchmark, how, mode, tasks: list[Task]) -> str:
+    codec = self.policy.codec
+    first = min(tasks, key=lambda t: t.id, default=None)
+    own = {
+      "told": protocol.digests(benchmark, how, tasks, codec),
+      "first": first and [first.id, protocol.parser(benchmark, first)],
+    }
+    hosts = parallel.gather_json(own)
+    told = {i: digest for each in hosts for i, digest in each["told"].items()}
+    _, parsed = min(each["first"] for each in hosts if each["first"])
+    return protocol.fingerprint(
+      benchmark, how, mode, codec, prompts=told, parsed=parsed, samples=self.config.samples,
+      seed=self.config.seed, settings=self.config.rollout.to_dict(),
+    )  # fmt: skip
+
+  def _rows(self, benchmark, how, mode, tasks, played, samples) -> list[Row]:
+    """The answers of all hosts, by the questions' ids."""
+    own = [
+      (dataclasses.asdict(t), dataclasses.asdict(x))
+      for t, x in zip([t for t in tasks for _ in range(samples)], played)
+    ]
+    if self.host["hosts"] > 1:
+      own = [pair for part in parallel.gather_json(own) for pair in part]
+    both = [(_task(t), trajectory.from_dict(x)) for t, x in own]
+    both.sort(key=lambda pair: (pair[0].id, pair[1].sample))
+    if mode != "likelihood":
+      return [protocol.score(benchmark, how, t, x) for t, x in both]
+    groups = itertools.groupby(both, key=lambda pair: pair[0].id)
+    said = [[*group] for _, group in groups]
+    return [protocol.likeliest(g[0][0], [x for _, x in g]) for g in said]
+
+  def _keep(self, folder, stem: str, run: str, order: Sequence[tuple]) -> None:
+    """The trajectories as one file a host, in order; what they were noted in goes."""
+    parallel.barrier("noted")
+    own = folder / trajectory.host_file(stem, **self.host)
+    places = {}
+    files = sorted(folder.glob(f"{_literal(run)}.*.partial"))
+    with own.with_suffix(".tmp").open("wb") as out:
+      for file in files:
+        for at, length, t in _lines(file):
+          places[t.task.id, t.sample] = (file, at, length)
+      for each in order:
+        file, at, length = places[each]
+        with file.open("rb") as f:
+          f.seek(at)
+          out.write(f.read(length))
+    parallel.barrier("copied")
+    if self.host["host"] == 0:
+      olds = [*folder.glob(f"{_literal(stem)}.*jsonl")]
+      for old in [*olds, *folder.glob(f"{_literal(stem)}.*.partial")]:
+        old.unlink()  # of another number of hosts, or of other settings
+    parallel.barrier("gone")
+    own.with_suffix(".tmp").replace(own)
 
 
-def of_hosts(played: list[trajectory.Trajectory]) -> list[trajectory.Trajectory]:
-  """The rollouts of all hosts, without the ids, which an evaluation does not read."""
-  if jax.process_count() == 1:
-    return played
-  bare = dict(ids=[], sampled=[], weight=[], logp=[], position=[], slots=[])
-  told = [dataclasses.asdict(dataclasses.replace(t, **bare)) for t in played]
-  return [trajectory.from_dict(d) for part in parallel.gather_json(told) for d in part]
+class _Watched:
+  """A source whose reading shows itself."""
+
+  def __init__(self, source, what: str):
+    self._source = source
+    self._bar = tqdm(desc=what, total=len(source), leave=False, disable=None, delay=2)
+    self.codec, self.filter = source.codec, source.filter
+    self.load_media, self.close = source.load_media, self._bar.close
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def __getitem__(self, i: int):
+    self._bar.update()
+    return self._source[i]
+
+
+def bare(t: Trajectory) -> Trajectory:
+  """A trajectory without the ids of its prompt, which scores do not need."""
+  own = [i for i, sampled in enumerate(t.sampled) if sampled]
+  return dataclasses.replace(
+    t, ids=[], sampled=[True] * len(own), weight=[], logp=[t.logp[i] for i in own],
+    position=[], slots=[],
+  )  # fmt: skip
+
+
+def _task(fields: dict) -> Task:
+  return Task(**fields | {"media": [trajectory.Media(**m) for m in fields["media"]]})
+
+
+def _left(folder, run: str) -> Iterator[tuple[tuple[str, int], Trajectory]]:
+  """The answers that killed runs of the same kind left, of any number of hosts."""
+  for file in sorted(folder.glob(f"{_literal(run)}.*.partial")):
+    for _, _, t in _lines(file):
+      yield (t.task.id, t.sample), bare(t)
+
+
+def _lines(file) -> Iterator[tuple[int, int, Trajectory]]:
+  """(offset, length, what it says) of the whole lines; a kill may cut the last."""
+  at = 0
+  with file.open("rb") as f:
+    for line in f:
+      if line.endswith(b"\n"):
+        yield at, len(line), trajectory.from_json(line.decode())
+      at += len(line)
+
+
+def _cut_torn(file) -> None:
+  """Takes off a last line that a kill has cut, so that the next does not join it."""
+  if file.exists():
+    whole = max((at + length for at, length, _ in _lines(file)), default=0)
+    with file.open("r+b") as f:
+      f.truncate(whole)
+
+
+def _literal(name: str) -> str:
+  """A name as `glob` takes it, which has meanings for [ and others."""
+  return "".join(f"[{c}]" if c in "[]*?" else c for c in name)
+
+
+# ---- Pairs ---------------------------------------------------------------------------
+
+
+def incomparable(rows: Sequence[dict], row: dict) -> Iterator[tuple[str, str]]:
+  """(mode, policy) of earlier rows whose hash differs from this one's."""
+  for other in rows:
+    if other is not row and _asked_alike(other, row):
+      for mode, figures in row["modes"].items():
+        if other["modes"].get(mode, figures)["hash"] != figures["hash"]:
+          yield mode, other["name"]
+
+
+def pairs(workdir, rows: Sequence[dict]) -> list[dict]:
+  """What looking is worth to each policy, and each policy beside the first one.
+
+  Of "free" over "forbidden" `only_first` is the gain of the tools, `only_second` their
+  harm.
+  """
+  out = []
+  for row in rows:
+    own = [r for r in rows if r["name"] == row["name"]]
+    text = [r for r in own if r["protocol"] == "text"]
+    if row["protocol"] == "pixel":
+      against = [(row, m) for m in row["modes"] if m != "free"]
+      same = [r for r in text if r["benchmark"] == row["benchmark"]]
+      against += [(r, "free") for r in same if "free" in r["modes"]]
+      out += [_pair(workdir, (row, "free"), other) for other in against]
+    others = [r for r in rows if r["name"] != row["name"]]
+    first = next((r for r in others if _asked_alike(r, row)), None)
+    if first is not None and rows.index(first) < rows.index(row):
+      out += [_pair(workdir, (row, m), (first, m)) for m in ("free",)]
+  return [pair for pair in out if pair]
+
+
+def _asked_alike(a: dict, b: dict) -> bool:
+  return (a["benchmark"], a["protocol"]) == (b["benchmark"], b["protocol"])
+
+
+def _pair(workdir, a: tuple[dict, str], b: tuple[dict, str]) -> dict | None:
+  if not all(mode in row["modes"] for row, mode in (a, b)):
+    return None
+  sides, names = [], []
+  for row, mode in (a, b):
+    stem = "_".join((row["name"], row["benchmark"], row["protocol"], mode))
+    names.append(stem)
+    file = workdir / "predictions" / f"{stem}.jsonl"
+    sides.append([json.loads(line) for line in file.read_text().splitlines()])
+  return {"first": names[0], "second": names[1]} | report.pair(*sides)
 
 
 if __name__ == "__main__":

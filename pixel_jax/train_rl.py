@@ -478,15 +478,11 @@ def average(updates):
 
 def held_out(rollouts, params, questions, right, seed, **rollout):
   """Accuracy and habits on the held-out questions of all hosts, one answer each."""
-  played = protocol.play(
-    rollouts,
-    rollouts.sync(params),
-    questions.tasks,
-    mode="free",
-    seed=seed,
-    load_media=questions.load_media,
-    **rollout,
-  )
+  groups = rollouts.run(
+    rollouts.sync(params), questions.tasks, seed=seed, step=0, group_size=1,
+    load_media=questions.load_media, **rollout,
+  )  # fmt: skip
+  played = [group[0].trajectory for group in groups]
   calls = [c for t in played for c in t.calls]
   n = parallel.total({
     "rollouts": len(played), "calls": len(calls),

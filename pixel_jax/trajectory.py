@@ -26,6 +26,8 @@ class Media:
   # "parquet:x.parquet#12/images/0".  A list: the frames of a video.
   path: str | list[str]
   fps: float = 0.0  # frames a second of a list of frames; 0 = the file knows
+  # What operations cut from where it is another picture: a control of evaluation.
+  source: str | list[str] | None = None
 
 
 @dataclasses.dataclass

@@ -386,13 +386,15 @@ def test_refill_keeps_task_order_and_prefills_once(world, plain):
   ended = []
   tasks = [task(i) for i in range(9)]
   groups = run(
-    plain, params, tasks, group_size=5, max_new_tokens=12, progress=ended.append
-  )
+    plain, params, tasks, group_size=5, max_new_tokens=12,
+    ended=lambda i, finished: ended.append((i, finished)),
+  )  # fmt: skip
   assert [[f.trajectory.task.id for f in g] for g in groups] == [
     [q.id] * 5 for q in tasks
   ]
   assert [[f.trajectory.sample for f in g] for g in groups] == [[0, 1, 2, 3, 4]] * 9
-  assert sum(ended) == 45 and plain.stats["rollout/prefills"] == 9
+  assert plain.stats["rollout/prefills"] == 9
+  assert len(ended) == 45 and all(f is groups[i][f.trajectory.sample] for i, f in ended)
   sampled = sum(sum(f.trajectory.sampled) for f in flat(groups))
   assert plain.stats["rollout/tokens"] == sampled
 

@@ -18,7 +18,7 @@ from pixel_jax.tools import synthesize
 PROGRAMS = {
   "sft": (sft, train_sft.SECTIONS, ("tiny", "tiny,base", "tiny,full", "7b,v5p:4x4x4")),
   "rl": (rl, train_rl.SECTIONS, ("tiny", "tiny,full", "7b", "7b,h200:1")),
-  "evaluate": (evaluate_config, evaluate.SECTIONS, ("tiny", "7b")),
+  "evaluate": (evaluate_config, evaluate.SECTIONS, ("tiny", "7b", "7b,vstar")),
   "synthesize": (synthesize_config, synthesize.SECTIONS, ("tiny", "7b")),
 }
 PRESETS = [(name, arg) for name, (*_, args) in PROGRAMS.items() for arg in args]
@@ -56,7 +56,7 @@ def refused(name, arg, path, value) -> str:
 # What a field may be beside what its preset says: 0 means "none", "off", "never" or "all",
 # as the docstring of the function that takes it tells.
 ZERO = {
-  "seed", "seeds", "save_every", "eval_every", "keep_trajectories_every", "chips",
+  "seed", "seeds", "data.tasks", "eval.tasks", "save_every", "eval_every", "keep_trajectories_every", "chips",
   "lora.rank", "optim.warmup_steps", "optim.final_lr_ratio", "optim.b1", "optim.b2",
   "optim.weight_decay", "optim.clip_norm", "features.gib", "data.max_bad_share",
   "data.filter.min_tokens", "data.filter.max_tokens", "data.filter.min_pixels",

@@ -22,15 +22,15 @@ CONFIG = model_config.tiny(300, image_token=0, video_token=1, vision_start=2,
 class Recorder:
   """An engine that notes what it is given."""
 
-  def __init__(self, play=lambda tasks, progress: None, large=()):
+  def __init__(self, play=lambda task: None, large=()):
     self.play, self.stats, self.tasks, self.weights = play, {}, [], None
     self.refusal, self.large = "", large  # shards whose prompts have no room
 
-  def run(self, params, tasks, *, progress, **settings):
+  def run(self, params, tasks, *, ended, **settings):
     self.tasks, self.weights, self.settings = tasks, params, settings
-    for task in tasks:
-      self.play(task, progress)
-      progress(1)
+    for i, task in enumerate(tasks):
+      self.play(task)
+      ended(i, task)
     refused = [t for t in tasks if t.shard in self.large]
     self.refusal = f"{refused[-1].id} has no room" if refused else ""
     self.stats = {"rollout/tokens": 1.0 * len(tasks)}
@@ -55,7 +55,7 @@ def make(shards=8, tensor=1, data=4, **kwargs):
 @pytest.mark.parametrize("tensor, engines", [(1, 8), (2, 4), (4, 2)])
 def test_shards_are_dealt_in_blocks_and_groups_come_in_order(tensor, engines):
   meet = threading.Barrier(engines)  # all play at the same time
-  f = make(tensor=tensor, data=8, play=lambda task, progress: meet.wait(10))
+  f = make(tensor=tensor, data=8, play=lambda task: meet.wait(10))
   given = tasks(8, 3)
   groups = f.run([f"w{i}" for i in range(engines)], given, seed=7)
   assert groups == [[t.id] for t in given]
@@ -85,7 +85,7 @@ def test_shards_that_do_not_divide_are_refused():
 def test_a_failure_is_raised_and_ends_the_others():
   played = []
 
-  def play(task, progress):
+  def play(task):
     if task.shard == 2:
       raise OSError("unreadable")
     played.append(task)
@@ -107,9 +107,13 @@ def test_only_where_no_prompt_has_room_the_run_ends():
 def test_a_stop_gives_up_what_is_under_way_and_begins_nothing():
   ended = []
   f = make()
-  stopped = f.run(
-    "abcd", tasks(8, 1000), progress=ended.append, stop=lambda: len(ended) > 100
-  )
+  given = tasks(8, 1000)
+
+  def note(i, finished):
+    assert finished is given[i]
+    ended.append(i)
+
+  stopped = f.run("abcd", given, ended=note, stop=lambda: len(ended) > 100)
   assert stopped == [] and 100 < len(ended) < 120
   assert f.run("abcd", tasks(8, 1), stop=lambda: True) == []
   assert f.run("abcd", tasks(8, 1)) != []

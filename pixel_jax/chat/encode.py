@@ -65,6 +65,8 @@ class Codec:
   temporal: int = image.TEMPORAL
   merge: int = image.MERGE
   tools: bool = True  # False: no operations are offered, every turn is an answer
+  # A system turn instead of the profile's; then nothing follows the question, either.
+  system: str | None = None
   video_frames: PositiveInt = 16  # of a longer clip, so many are shown, evenly spaced
   # "view": crops from what was shown, as released.
   crop_source: Literal["original", "view"] = "original"
@@ -236,18 +238,6 @@ class Conversation:
     other.seen = ops.Seen(list(self.seen.pictures))
     return other
 
-  def swap_sources(self, task: Task, load_media: LoadMedia) -> None:
-    """Lets operations cut from the pictures of another task; what was shown stays.
-
-    A counterfactual for evaluation: does the answer come from the crop?  Such a
-    trajectory cannot be redrawn.
-    """
-    others = question_pictures(self.codec, task, load_media)
-    self.seen.pictures = [
-      dataclasses.replace(mine, source=other.picture.source)
-      for mine, other in zip(self.seen.pictures, others, strict=True)
-    ]
-
   # ---- The policy's last turn --------------------------------------------------------
 
   def last_text(self) -> str:
@@ -328,8 +318,10 @@ class Conversation:
 
 def question_messages(codec: Codec, task: Task) -> list[dict]:
   """The system's turn, and the user's with the pictures and the question."""
-  system = tools.system_prompt(codec.profile, codec.tools, codec.operations)
-  text = task.question + tools.user_suffix(codec.profile, codec.tools)
+  system, text = codec.system, task.question
+  if system is None:
+    system = tools.system_prompt(codec.profile, codec.tools, codec.operations)
+    text += tools.user_suffix(codec.profile, codec.tools)
   pictures = [{"type": media.kind} for media in task.media]
   return [
     {"role": "system", "content": system},
@@ -399,22 +391,31 @@ def question_pictures(codec: Codec, task: Task, load_media: LoadMedia) -> list[S
   for i, media in enumerate(task.media):
     loaded = load_media(media)
     _check_kind(media, task)
+    behind = loaded
+    if media.source is not None:
+      behind = load_media(dataclasses.replace(media, path=media.source, source=None))
     slot = {"role": media.kind, "media": i}
     if media.kind == "video":
-      frames, seconds = loaded.frames, loaded.seconds_per_frame
-      if len(frames) > codec.video_frames:
-        chosen = np.linspace(0, len(frames) - 1, codec.video_frames).round().astype(int)
-        seconds *= len(frames) / codec.video_frames
-        frames = [frames[j] for j in chosen]
-      source = frames
+      frames, seconds = _frames(loaded, codec)
+      source = _frames(behind, codec)[0]
       view = views = view_frames(frames, "video", codec)
       slot["second_per_grid"] = float(seconds * codec.temporal)
     else:
-      source, view = loaded, codec.shrink(loaded, "image")
+      source, view = behind, codec.shrink(loaded, "image")
       views = [view]
     picture = ops.Picture(media.kind, source, view)
     result.append(Shown(picture, lay_out(views, codec), slot))
   return result
+
+
+def _frames(clip: Any, codec: Codec) -> tuple[list[Image.Image], float]:
+  """Those of a clip that are shown, and the seconds of each."""
+  frames, seconds = clip.frames, clip.seconds_per_frame
+  if len(frames) > codec.video_frames:
+    chosen = np.linspace(0, len(frames) - 1, codec.video_frames).round().astype(int)
+    seconds *= len(frames) / codec.video_frames
+    frames = [frames[j] for j in chosen]
+  return frames, seconds
 
 
 def run(call: tools.Call, seen: ops.Seen, codec: Codec) -> tools.Observation:

@@ -6,16 +6,22 @@ A trajectory stores names, and must be able to redraw its pictures from them:
   zip:images.zip!images/a.jpg        a member of an archive below the root, read in place
   parquet:x.parquet#12/images/0      a value in a record (records.py): bytes, data: URI
   world:0/train/7                    a scene of the tiny world
+  clips/a.mp4#t=3.5,9                of a clip the frames in the middles of equal parts of
+                                     that time; #t=, of the whole of it
+  blank:NAME                         grey, of the size that NAME has
+  masked:x1,y1,x2,y2+x1,...:NAME     grey boxes in it, relative to its width and height
 
 Names come from elsewhere: none leads out of the root, nothing is unpacked to disk, and
 what would inflate without bound is refused.
 """
 
+import dataclasses
+import math
 import pathlib
 import threading
 import unicodedata
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from PIL import Image
@@ -24,6 +30,9 @@ from pixel_jax.data import records, world
 from pixel_jax.data.records import BadRecord
 from pixel_jax.pixels import image, video
 from pixel_jax.trajectory import Media
+
+BLANK, MASKED = "blank:", "masked:"
+GREY = (128, 128, 128)
 
 # A member of an archive: a clip of some minutes.  Deflate shrinks up to 1032 times, and
 # pictures and clips, which are compressed already, hardly at all.
@@ -60,6 +69,18 @@ class Held:
     return self._found[key]
 
 
+def _part(name: str) -> tuple[str, tuple[float, float] | None]:
+  """The name of a clip and the seconds of it that are meant: a media fragment."""
+  clip, marked, part = name.rpartition("#t=")
+  if not marked:
+    return name, None
+  start, _, end = part.partition(",")
+  try:
+    return clip, (float(start or 0), float(end or math.inf))
+  except ValueError:
+    raise BadRecord(f"media {name!r}: expected #t=START,END in seconds") from None
+
+
 def _spellings(path: str) -> Iterator[str]:
   """A path as it is, and as other systems write it: Windows parts it by backslashes, Macs
   take letters and their accents apart (NFD)."""
@@ -71,6 +92,43 @@ def _spellings(path: str) -> Iterator[str]:
       if spelled not in seen:
         seen.add(spelled)
         yield spelled
+
+
+def blank(name: str | list[str]) -> str | list[str]:
+  """The name of a picture or clip that is nothing but grey."""
+  return BLANK + name if isinstance(name, str) else [BLANK + n for n in name]
+
+
+def masked(name: str | list[str], boxes: Sequence[Sequence[float]]) -> str | list[str]:
+  """The name of a picture or clip in which these boxes are grey, in every frame."""
+  if not isinstance(name, str):
+    return [masked(n, boxes) for n in name]
+  return MASKED + "+".join(",".join(f"{v:.6g}" for v in b) for b in boxes) + f":{name}"
+
+
+def _altered(name: str) -> tuple[str, list[list[float]]]:
+  """The name of the picture behind an altered one, and the boxes that are grey in it."""
+  if name.startswith(BLANK):
+    return name.removeprefix(BLANK), [[0, 0, 1, 1]]
+  boxes, _, rest = name.removeprefix(MASKED).partition(":")
+  try:
+    read = [[float(v) for v in box.split(",")] for box in boxes.split("+")]
+    if any(len(b) != 4 or not all(0 <= v <= 1 for v in b) for b in read):
+      raise ValueError
+  except ValueError:
+    raise BadRecord(
+      f"media {name[:80]!r}: expected masked:x1,y1,x2,y2[+...]:NAME with numbers within "
+      "[0, 1]"
+    ) from None
+  return rest, read
+
+
+def _paint(picture: Image.Image, boxes: list[list[float]]) -> Image.Image:
+  painted, (w, h) = picture.copy(), picture.size
+  for x1, y1, x2, y2 in boxes:
+    box = (math.floor(x1 * w), math.floor(y1 * h), math.ceil(x2 * w), math.ceil(y2 * h))
+    painted.paste(GREY, box)
+  return painted
 
 
 class Library:
@@ -90,6 +148,17 @@ class Library:
 
   def load(self, media: Media) -> Image.Image | video.Video:
     """A picture (RGB), or a clip of at most `num_frames` frames."""
+    names = [media.path] if isinstance(media.path, str) else media.path
+    if names and all(
+      isinstance(n, str) and n.startswith((BLANK, MASKED)) for n in names
+    ):
+      behind, boxes = zip(*map(_altered, names))
+      path = behind[0] if isinstance(media.path, str) else list(behind)
+      loaded = self.load(dataclasses.replace(media, path=path))
+      if media.kind != "video":
+        return _paint(loaded, boxes[0])
+      frames = [_paint(frame, boxes[0]) for frame in loaded.frames]
+      return dataclasses.replace(loaded, frames=frames)
     one = isinstance(media.path, str)
     if one and media.path.startswith("world:"):
       return world.load_media(media)
@@ -99,9 +168,12 @@ class Library:
     if media.kind == "image" and len(names) == 1:
       return self._image(names[0])
     if media.kind == "video":
-      source = self.open(names[0]) if one else [self.open(name) for name in names]
+      first, part = _part(names[0]) if one else (names[0], None)
+      source = self.open(first) if one else [self.open(name) for name in names]
       try:
-        return video.read_video(source, num_frames=self.num_frames, fps=media.fps)
+        return video.read_video(
+          source, num_frames=self.num_frames, fps=media.fps, part=part
+        )
       except video.VideoError as error:
         raise BadRecord(f"media {names[0]!r}: {error}") from error
     raise BadRecord(
@@ -152,7 +224,7 @@ class Library:
     Archives are those directly below the root; images.zip may hold images/a.jpg or only
     a.jpg.
     """
-    known = path.startswith(("world:", "zip:")) or (
+    known = path.startswith(("world:", "zip:", BLANK, MASKED)) or (
       "#" in path and path.partition(":")[0] in records.SCHEMES
     )
     if known:

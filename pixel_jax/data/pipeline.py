@@ -31,7 +31,7 @@ from pixel_jax.data.media import Held
 from pixel_jax.data.quarantine import Bad, DataError, LeftOut, Quarantine, attempt
 from pixel_jax.data.retell import retell
 from pixel_jax.data.stream import Stream
-from pixel_jax.fields import PositiveInt, Seed, Share
+from pixel_jax.fields import NonNegativeInt, PositiveInt, Seed, Share
 from pixel_jax.trajectory import Task, Trajectory
 
 # (tokens of a prompt, patches of each picture) -> why it has no room; "" where it has.
@@ -51,11 +51,14 @@ def open_tasks(uri: str, codec: encode.Codec, **settings: Any) -> Stream:
 
 
 def open_fixed(
-  uri: str, codec: encode.Codec, *, tasks: PositiveInt, **settings: Any
+  uri: str, codec: encode.Codec, *, tasks: NonNegativeInt, **settings: Any
 ) -> "Questions":
-  """The first `tasks` questions of what a URI names, as `fixed_tasks` takes them."""
+  """The first `tasks` questions of what a URI names, as `fixed_tasks` takes them.
+
+  0 takes all of them.
+  """
   source, plan = _open(uri, codec, settings)
-  return Questions(fixed_tasks(source, tasks, **plan), source.load_media)
+  return Questions(fixed_tasks(source, tasks or len(source), **plan), source.load_media)
 
 
 def _open(uri, codec, settings: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -3,6 +3,8 @@
 
   jsonl:FILE          a JSON object a line; only where the lines begin is kept
   json:FILE           one JSON list of objects; only where these begin is kept
+  tsv:FILE            columns with tabs between, as pandas writes them; the first row names
+                      them, and only where the others begin is kept
   parquet:FILE        few row groups are kept in memory; large ones unpacked in TMPDIR
   arrayrecord:FILE    JSON objects, one a record
   tfds:NAME/SPLIT     a prepared data set of TFDS in ArrayRecord; no TensorFlow
@@ -18,6 +20,8 @@ import base64
 import binascii
 import bisect
 import collections
+import csv
+import io
 import itertools
 import json
 import os
@@ -31,13 +35,14 @@ from typing import Any
 
 import numpy as np
 
-SCHEMES = ("jsonl", "json", "parquet", "arrayrecord", "tfds", "images")
+SCHEMES = ("jsonl", "json", "tsv", "parquet", "arrayrecord", "tfds", "images")
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 # Of parquet, in bytes: row groups that are kept, those that are read whole for one record
 # (9 ms for 3 MB), and what is read for one record of the others.
 KEPT = 256 << 20
 SMALL_GROUP = 4 << 20
 BLOCK = 1 << 20
+MOST_CELL = 256 << 20  # of a table: a picture of 8K in base64 has 50 MB
 REWRITE = (
   "write the file again with small ones: f = pyarrow.parquet.ParquetFile(OLD); "
   "w = pyarrow.parquet.ParquetWriter(NEW, f.schema_arrow); "
@@ -173,6 +178,7 @@ def _open(uri: str, root) -> Iterator[tuple[str, Any]]:
   reader = {
     "jsonl": _Lines,
     "json": _List,
+    "tsv": _Table,
     "parquet": _Parquet,
     "arrayrecord": _ArrayRecord,
   }[scheme]
@@ -261,6 +267,38 @@ class _List(_Spans):
         raise SourceError(f"expected , or ] behind record {len(spans) - 1}")
       at = skip(at + (text[at] == ","))
     super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+
+
+class _Table(_Spans):
+  """A row begins behind a line break that stands in no quotes: base64 has none of either,
+  so gigabytes are scanned without a parser.  Empty cells are left out."""
+
+  def __init__(self, path: pathlib.Path):
+    spans, at, begin, quotes = [], 0, 0, 0
+    with path.open("rb") as f:
+      for line in f:
+        at += len(line)
+        quotes += line.count(b'"')
+        if quotes % 2 == 0:
+          spans.append((begin, at))
+          begin = at
+    if quotes % 2:
+      raise SourceError("a quote is opened and never closed")
+    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+    self._names = self._cells(0) if spans else []
+    self._spans = self._spans[1:]
+
+  def __getitem__(self, i: int) -> dict[str, str]:
+    cells = self._cells(i)
+    if len(cells) != len(self._names):
+      raise BadRecord(f"{len(cells)} cells; expected {len(self._names)}")
+    return {k: v for k, v in zip(self._names, cells) if v != ""}
+
+  def _cells(self, i: int) -> list[str]:
+    start, end = (int(x) for x in self._spans[i])
+    text = os.pread(self._file, end - start, start).decode("utf-8-sig")
+    csv.field_size_limit(MOST_CELL)
+    return next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"), [])
 
 
 class _Parquet:

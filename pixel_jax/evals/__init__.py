@@ -1,8 +1,8 @@
 """Evaluation: questions and a policy in, figures out.  The engine comes as an argument.
 
-protocol.py    how a policy is asked, and how its answer is judged
+benchmark.py   what a benchmark is: its questions, words and rules; a file for each one
+protocol.py    how a model is let loose on it, and the controls that show whether it looks
 rules.py       how benchmarks score an answer, each as the program it is named after
-report.py      rates with their 95 % intervals
-benchmark.py   what is known of questions beyond their answers; a file for each one:
-tiny_world.py  the world of `data/world.py`
+report.py      rates with their 95 % intervals, and pairs of runs
+exports.py     predictions for other harnesses
 """

@@ -14,6 +14,8 @@ from typing import Any
 
 from rapidfuzz.distance import Levenshtein
 
+from pixel_jax import answers
+
 # ---- Text ----------------------------------------------------------------------------
 
 
@@ -264,6 +266,50 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
   both = width * height
   union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both
   return both / union if union > 0 else 0.0
+
+
+# ---- Pixel Reasoner ------------------------------------------------------------------
+
+ANSWER_TAGS = re.compile(r"<answer>([^<]*)</answer>")
+A_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def pixel_reasoner(prediction: str, gold: str | Sequence[str]) -> float:
+  """The released reward of Pixel Reasoner as a score, pixel_reasoner.md 3.3.
+
+  Lower case; the last box, else <answer>, else the last number; any gold counts, also
+  without its %.  Numbers are compared as such, and words as products of their letters, so
+  that anagrams are equal; "B. red" is not "B", "(B)" is.  A gold with commas wants each of
+  its parts behind the last "boxed".  Not here: algebra, which its math_verify does on what
+  the model wrote.
+  """
+  text = prediction.lower()
+  _, found, behind = text.rpartition("boxed")
+  said = answers.boxed(text) if found else None
+  if said is None and (tag := ANSWER_TAGS.search(text)):
+    said = tag[1]
+  if said is None and (numbers := A_NUMBER.findall(text)):
+    said = numbers[-1]
+  golds = [gold] if isinstance(gold, str) else gold
+  golds = [g.lower() for g in golds]
+  golds += [g.replace("%", "") for g in golds if "%" in g]
+  for g in golds:
+    if "," in g and found and all(p.strip() in behind for p in g.split(",")):
+      return 1.0
+    if said is not None and _released_form(said) == _released_form(g) != "":
+      return 1.0
+  return 0.0
+
+
+def _released_form(text: str) -> object:
+  text = answers.plain(text[: answers.MAX_ANSWER]).strip()
+  if len(text) > 1 and text[0] == "(" and text[-1] == ")":
+    text = text[1:-1].strip()
+  value = answers.number(text)
+  if value is not None:
+    return value
+  joined = "".join(text.split())
+  return "".join(sorted(joined)) if joined.isalpha() else joined
 
 
 FAMILIES: dict[str, Callable[..., Any]] = {

@@ -58,6 +58,7 @@ def read_video(
   *,
   num_frames: int = 16,
   fps: float = 0.0,
+  part: tuple[float, float] | None = None,
 ) -> Video:
   """`num_frames` frames evenly over the clip (all of them if it has fewer).
 
@@ -65,13 +66,15 @@ def read_video(
     source: a file FFmpeg reads (a path, or its bytes), or the frames in order.
     num_frames: how many to take.
     fps: frames a second of a list of frames, 0 = unknown; a file knows its own.
+    part: of a file, the seconds from and to which it counts; then its frames are those in
+      the middles of `num_frames` equal parts, as MVBench's notebook takes them.
   """
   if num_frames < 1:
     raise VideoError(f"{num_frames=}; expected 1 or more. Change the config.")
   if isinstance(source, bytes):
-    return _read_file(source, num_frames)
+    return _read_file(source, num_frames, part)
   if isinstance(source, str | pathlib.Path):
-    return _read_file(pathlib.Path(source), num_frames)
+    return _read_file(pathlib.Path(source), num_frames, part)
   return _read_frames(list(source), num_frames, fps)
 
 
@@ -101,7 +104,9 @@ def _read_frames(sources: list, num_frames: int, fps: float) -> Video:
 # ---- A file --------------------------------------------------------------------------
 
 
-def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
+def _read_file(
+  source: pathlib.Path | bytes, num_frames: int, part: tuple[float, float] | None
+) -> Video:
   in_memory = isinstance(source, bytes)
   name = f"<{len(source)} bytes>" if in_memory else str(source)
   is_there = in_memory or source.is_file()
@@ -119,7 +124,7 @@ def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
         turns, upright = _take_rotation(f)
       if upright is None:
         upright = io.BytesIO(source) if in_memory else str(source)
-      starts, rate, chosen, pixels = read(upright, num_frames)
+      starts, rate, chosen, pixels = read(upright, num_frames, part)
       break
     except Exception as e:
       refused = e
@@ -135,6 +140,8 @@ def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
     (starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else 1 / rate
   )
   duration = float(lasting * len(starts))
+  if part:
+    duration = max(min(part[1], duration) - part[0], float(lasting))
   if pixels.ndim != 4 or pixels.shape[3] != 3 or not 0 < duration < math.inf:
     raise VideoError(
       f"{name}: decoded to {list(pixels.shape)} over {duration} seconds; expected"
@@ -148,23 +155,23 @@ def _read_file(source: pathlib.Path | bytes, num_frames: int) -> Video:
   )
 
 
-# A reader: (file, number) -> f64[N] seconds at which all frames begin, frames a second,
-# the chosen ones, u8[n h w 3].
+# A reader: (file, number, part) -> f64[N] seconds at which all frames begin, frames a
+# second, the chosen ones, u8[n h w 3].
 # Imported here only: importing either loads FFmpeg, which most processes never need.
 
 
-def _by_decord(source: str | io.BytesIO, num_frames: int) -> tuple:
+def _by_decord(source: str | io.BytesIO, num_frames: int, part) -> tuple:
   import decord
 
   reader = decord.VideoReader(source, num_threads=1)
   shown = reader.get_frame_timestamp(range(len(reader)))
   rate = reader.get_avg_fps()
   starts = _known(np.asarray(shown, np.float64)[:, 0], rate)
-  chosen = spread(starts, num_frames)
+  chosen = _choose(starts, rate, num_frames, part)
   return starts, rate, chosen, reader.get_batch(chosen).asnumpy()
 
 
-def _by_av(source: str | io.BytesIO, num_frames: int) -> tuple:
+def _by_av(source: str | io.BytesIO, num_frames: int, part) -> tuple:
   import av
 
   with av.open(source) as file:
@@ -176,7 +183,7 @@ def _by_av(source: str | io.BytesIO, num_frames: int) -> tuple:
     shown = np.sort([math.nan if p.pts is None else p.pts for p in packets])
     rate = float(stream.average_rate)
     starts = _known(shown * float(stream.time_base), rate)
-  chosen = spread(starts, num_frames)
+  chosen = _choose(starts, rate, num_frames, part)
   wanted, pixels = set(chosen), {}
   if isinstance(source, io.BytesIO):
     source.seek(0)
@@ -198,6 +205,26 @@ def _known(starts: np.ndarray, rate: float) -> np.ndarray:
   if np.all(np.abs(starts) < 1e9) and np.all(np.diff(starts) >= 0):  # NaN fails too
     return starts
   return np.arange(len(starts)) / rate
+
+
+def _choose(starts: np.ndarray, rate: float, num: int, part) -> list[int]:
+  if part is None:
+    return spread(starts, num)
+  return middles(part, rate, len(starts) - 1, num)
+
+
+def middles(
+  part: tuple[float, float], rate: float, last: int, num: int, first: int = 0
+) -> list[int]:
+  """The frames in the middles of equal parts of a time, among `first` to `last`.
+
+  OpenGVLab's mvbench.ipynb: get_index.
+  """
+  begin = max(first, round(part[0] * rate))
+  end = last if part[1] == math.inf else min(round(part[1] * rate), last)
+  size = (end - begin) / num
+  chosen = [int(begin + size / 2 + np.round(size * i)) for i in range(num)]
+  return [min(max(i, first), last) for i in chosen]  # a time beyond the end
 
 
 def spread(starts: np.ndarray, num: int) -> list[int]:

@@ -175,10 +175,11 @@ class Engine:
     greedy: bool = False,
     force: str | None = None,
     script: Script | None = None,
-    swap: Callable[[Task], Task] | None = None,
     fixed_batch: bool = False,
     row: tuple[int, int] | None = None,
-    progress: Callable[[int], None] | None = None,
+    codec: Codec | None = None,
+    ended: Callable[[int, Finished], None] | None = None,
+    keep: bool = True,
   ) -> list[list[Finished]]:
     """Plays every task `group_size` times with one set of weights.
 
@@ -198,9 +199,11 @@ class Engine:
         a call.
       script: ids that a rollout is made to say, turn by turn; beyond them it is free.
         A stop id ends the turn as ever, and log-probs are those of the model.
-      swap: for evaluation.  Operations cut from the pictures of swap(task) instead.
       fixed_batch: all slots decode to the end, and prefill sees the full length.
-      progress: called with the number of rollouts that have ended since the last call.
+      codec: of these conversations; None = the engine's.
+      ended: called with every rollout that has ended, and the place of its task.
+      keep: False gives each of them to `ended` and returns none: their pictures would fill
+        the memory where there are thousands.
     """
     if force not in (None, "answer", "operate"):
       raise ValueError(f"{force=} is unknown; allowed: None, 'answer', 'operate'.")
@@ -244,13 +247,18 @@ class Engine:
     def finish(slot: int) -> None:
       start, conversation = starts[slot], table.episodes[slot].conversation
       finished = Finished(conversation.trajectory, conversation.pixels)
-      results[start.group][start.sample] = finished
+      if keep:
+        results[start.group][start.sample] = finished
       plan.release(slot)
-      if progress:
-        progress(1)
+      if ended:
+        ended(start.group, finished)
 
     with ThreadPoolExecutor(self.workers) as pool:
-      ahead = _Ahead(pool, lambda task: self._prompt(task, load_media, swap), tasks)
+      talk = self.codec
+      if codec is not None:
+        talk = dataclasses.replace(codec, resize=self.codec.resize)
+      prompt_of = functools.partial(Conversation, talk, load_media=load_media)
+      ahead = _Ahead(pool, prompt_of, tasks)
       while not plan.done:
         # ---- Refill free slots; a prompt is computed once a group ----
         begun = plan.refill()
@@ -315,7 +323,7 @@ class Engine:
                 finish(slot)
         plan.tick()
     self.stats = self._summary(table, len(tasks), refused, watch.seconds)
-    return results
+    return results if keep else []
 
   def _begin_with_a_call(self, task: Task, sample: int) -> Sequence[Sequence[int]]:
     return [self.codec.tokenizer.encode(CALL[1])[:1]]
@@ -359,12 +367,6 @@ class Engine:
     """Ids that a conversation with such a prompt may have; none where it is too long."""
     stored = tokens - 1  # the last is fed when decoding begins
     return stored + self.max_own if stored <= self.max_prompt else 0
-
-  def _prompt(self, task: Task, load_media: Callable, swap) -> Conversation:
-    conversation = Conversation(self.codec, task, load_media)
-    if swap is not None:
-      conversation.swap_sources(swap(task), load_media)
-    return conversation
 
   def _refusal(self, task: Task, episode: Episode, row) -> str:
     """Why a task is not played."""

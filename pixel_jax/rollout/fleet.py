@@ -76,7 +76,7 @@ class Fleet:
     tasks: Sequence[Task],
     *,
     stop: Callable[[], bool] = lambda: False,
-    progress: Callable[[int], None] = lambda ended: None,
+    ended: Callable[[int, Finished], None] = lambda task, finished: None,
     **settings: Any,
   ) -> list[list[Finished]]:
     """Plays the tasks of this host, as `Engine.run` does; returns when all hosts have.
@@ -88,26 +88,30 @@ class Fleet:
       tasks: each goes to the engine of its shard.
       stop: asked before the first and after every rollout; once it says yes all of
         this host are given up, and the result is [].
-      progress, settings: those of `Engine.run`.
+      ended, settings: those of `Engine.run`.
     """
     dealt: list[list[int]] = [[] for _ in self.engines]
     for i, task in enumerate(tasks):
       dealt[task.shard // self.each - self.first].append(i)
     over = threading.Event()  # one has failed, or was stopped
 
-    def ended(count: int) -> None:
+    def check() -> None:
       if over.is_set() or stop():
         raise _Stopped
-      progress(count)
 
     def play(engine: Engine, weights: dict, mine: list[int]) -> list[list[Finished]]:
       engine.stats, engine.refusal = {}, ""
       if not mine:
         return []
       try:
-        ended(0)
+        check()
+
+        def one_ended(i: int, finished: Finished) -> None:
+          check()
+          ended(mine[i], finished)
+
         chosen = [tasks[i] for i in mine]
-        return engine.run(weights, chosen, progress=ended, **settings)
+        return engine.run(weights, chosen, ended=one_ended, **settings)
       except BaseException:
         over.set()
         raise
@@ -137,6 +141,8 @@ class Fleet:
     if errors:
       return []
     groups: list[list[Finished]] = [[] for _ in tasks]
+    if not settings.get("keep", True):
+      return []
     for mine, future in zip(dealt, futures):
       for i, group in zip(mine, future.result()):
         groups[i] = group

@@ -7,7 +7,10 @@ an interval of their own get Wilson's from `n`, where n is what they are a rate 
 import dataclasses
 import math
 
+from pixel_jax.statistics import wilson
 from pixel_jax.view.text import escape
+
+MODES = ("free", "forbidden", "forced", "swapped", "blank", "masked")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +32,6 @@ def rate(mode: dict, key: str, interval: str, n: str | None = None) -> Rate | No
       return Rate(value, low, high)
   count = _number(mode.get(n)) if n else None
   return Rate(value, *wilson(value, count)) if count else Rate(value)
-
-
-def wilson(p: float, n: float, z: float = 1.96) -> tuple[float, float]:
-  """Wilson's 95 % interval of a rate p out of n (1927); sound near 0 and 1."""
-  p = min(max(p, 0.0), 1.0)
-  centre = p + z * z / (2 * n)
-  half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-  scale = 1 + z * z / n
-  return (centre - half) / scale, (centre + half) / scale
 
 
 def difference(a: Rate | None, b: Rate | None) -> Rate | None:
@@ -62,13 +56,11 @@ def _number(x) -> float | None:
 
 
 def modes_of(row: dict) -> dict[str, dict]:
-  """The row's modes that are objects; the four names always answer."""
+  """The row's modes that are objects; all names always answer."""
   modes = row.get("modes")
   modes = modes if isinstance(modes, dict) else {}
-  return {
-    m: modes[m] if isinstance(modes.get(m), dict) else {}
-    for m in ("free", "forbidden", "forced", "swapped")
-  }
+  names = dict.fromkeys([*MODES, *modes])
+  return {m: modes[m] if isinstance(modes.get(m), dict) else {} for m in names}
 
 
 def rows_of(evaluation: dict | None) -> list[dict]:
@@ -114,6 +106,8 @@ def render(evaluation: dict | None) -> str:
     ("forced", "accuracy, must operate"),
     ("RaPR", "rollouts that operate, free"),
     ("swapped", "forced, shown another scene"),
+    ("blank", "operations return grey"),
+    ("masked", "the target is grey"),
     ("covers", "operations on the target, forced"),
   )
   found = [accuracy(r, "free") for r in rows]
@@ -124,13 +118,15 @@ def render(evaluation: dict | None) -> str:
     forbidden = accuracy(row, "forbidden")
     is_best = free is not None and free.value == best and len(rows) > 1
     body.append(
-      f'<tr><td class="name">{escape(row.get("name", "?"))}</td>'
+      f'<tr><td class="name">{_named(row)}</td>'
       + cell(free, css="best" if is_best else "")
       + cell(forbidden)
       + cell(difference(free, forbidden), signed=True)
       + cell(accuracy(row, "forced"))
       + cell(rate(modes["free"], "rapr", "rapr_ci", "n"))
       + cell(accuracy(row, "swapped"))
+      + cell(accuracy(row, "blank"))
+      + cell(accuracy(row, "masked"))
       + cell(rate(modes["forced"], "covered", "covered_ci", "covered_n"))
       + "</tr>"
     )
@@ -149,8 +145,34 @@ def render(evaluation: dict | None) -> str:
 <p class="note">{note}Per cent, with 95 % intervals. RaPR: the share of rollouts with at
 least one successful operation. Covers: of the rollouts that operated, the share whose
 box or frames show what the question asks for. Swapped: operations return pictures of
-another scene; a policy that really looks falls to guessing. The pay-off's interval
-treats the two samples as independent.</p>{breakdown(rows)}"""
+another scene, blank: grey ones, masked: the target is grey everywhere; a policy that really
+looks falls to guessing. The pay-off's interval treats the two samples as independent.
+{_incomparable(rows)}</p>{breakdown(rows)}"""
+
+
+def _named(row: dict) -> str:
+  """The policy, and what it was asked where that is not the tiny world."""
+  of, name = row.get("benchmark", "world"), escape(row.get("name", "?"))
+  if of == "world":
+    return name
+  return f"{name} <small>{escape(of)}, {escape(row.get('protocol'))}</small>"
+
+
+def _incomparable(rows: list[dict]) -> str:
+  """A warning where the same benchmark was not asked in the same way."""
+  seen: dict[tuple, set] = {}
+  for row in rows:
+    for mode, m in modes_of(row).items():
+      if m.get("hash"):
+        key = (row.get("benchmark"), row.get("protocol"), mode)
+        seen.setdefault(key, set()).add(str(m["hash"]))
+  differ = sorted({str(key[0]) for key, hashes in seen.items() if len(hashes) > 1})
+  if not differ:
+    return ""
+  return (
+    f"<b>Not comparable:</b> the policies were not asked {escape(', '.join(differ))} in "
+    "the same way (prompt, options, decoding, pixel budgets, parser or split differ)."
+  )
 
 
 def breakdown(rows: list[dict]) -> str:
@@ -174,7 +196,7 @@ def breakdown(rows: list[dict]) -> str:
       values = [v.get("accuracy") if isinstance(v, dict) else v for v in values]
       stats = [_number(mode.get("ops_per_rollout")), _number(mode.get("error_rate"))]
       lines.append(
-        f'<tr><td class="name">{escape(row.get("name", "?"))}</td><td>{name}</td>'
+        f'<tr><td class="name">{_named(row)}</td><td>{escape(name)}</td>'
         + "".join(
           f"<td>{100 * v:.1f}</td>"
           if (v := _number(x)) is not None
