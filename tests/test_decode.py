@@ -14,7 +14,7 @@ from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import config as model_config
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.rollout import decode
-from pixel_jax.rollout.decode import Sampling
+from pixel_jax.rollout.decode import Wish
 
 B, V, S = 8, 40, 32
 END = 3
@@ -34,13 +34,13 @@ def keys(n, start=0):
 
 # ---- Sampling ------------------------------------------------------------------------
 
+SAMPLE = jax.jit(decode.sample)
+
 
 def test_frequencies_follow_the_softmax_at_the_temperature():
   logits = jnp.log(jnp.array([0.5, 0.3, 0.2, 1e-30]))
   n = 20_000
-  token, logp = jax.jit(decode.sample, static_argnums=2)(
-    jnp.tile(logits, (n, 1)), keys(n), Sampling(temperature=2.0)
-  )
+  token, logp = SAMPLE(jnp.tile(logits, (n, 1)), keys(n), Wish(temperature=2.0).rows(n))
   p = np.sqrt([0.5, 0.3, 0.2])
   p /= p.sum()
   got = np.bincount(token, minlength=4)[:3] / n
@@ -57,7 +57,7 @@ def test_every_token_is_drawn_at_its_rate(V):
   p /= p.sum()
   n = 100_000
   logits = jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (n, 1))
-  token, logp = jax.jit(decode.sample, static_argnums=2)(logits, keys(n), Sampling())
+  token, logp = SAMPLE(logits, keys(n), Wish().rows(n))
   got = np.bincount(token, minlength=V)
   assert (got[p == 0] == 0).all()
   np.testing.assert_allclose(np.exp(logp), p[np.asarray(token)], rtol=1e-5)
@@ -73,9 +73,9 @@ def test_truncation_keeps_the_likeliest_and_reports_the_full_logp(
   seed, top_k, top_p, temperature
 ):
   logits = np.random.default_rng(seed).normal(size=(16, 10)).astype(np.float32) * 2
-  token, logp = decode.sample(
-    jnp.asarray(logits), keys(16, seed), Sampling(temperature, top_p, top_k)
-  )
+  wishes = Wish(temperature, top_p, top_k).rows(16)
+  with jax.disable_jit():  # step by step, as log_softmax below
+    token, logp = decode.sample(jnp.asarray(logits), keys(16, seed), wishes)
   full = np.asarray(jax.nn.log_softmax(jnp.asarray(logits) / temperature))
   for row, t, lp in zip(full, np.asarray(token), np.asarray(logp)):
     assert lp == row[t]
@@ -90,22 +90,36 @@ def test_truncation_keeps_the_likeliest_and_reports_the_full_logp(
 def test_greedy_and_tiny_top_p_agree():
   logits = jnp.asarray(np.random.default_rng(0).normal(size=(B, V)), jnp.float32)
   best = logits.argmax(-1)
-  assert (decode.sample(logits, keys(B), Sampling(greedy=True))[0] == best).all()
-  assert (decode.sample(logits, keys(B), Sampling(top_p=1e-6))[0] == best).all()
-  assert (decode.sample(logits, keys(B), Sampling(top_k=1))[0] == best).all()
+  assert (SAMPLE(logits, keys(B), Wish(0.0).rows(B))[0] == best).all()
+  assert (SAMPLE(logits, keys(B), Wish(top_p=1e-6).rows(B))[0] == best).all()
+  assert (SAMPLE(logits, keys(B), Wish(top_k=1).rows(B))[0] == best).all()
 
 
 def test_banned_ids_stay_banned_under_truncation():
   logits = jnp.where(jnp.arange(V) < V - 2, -jnp.inf, jnp.zeros((B, V)))
-  token, logp = decode.sample(logits, keys(B), Sampling(top_k=5, top_p=0.9))
+  token, logp = SAMPLE(logits, keys(B), Wish(top_k=5, top_p=0.9).rows(B))
   assert (token >= V - 2).all()
   np.testing.assert_allclose(logp, np.log(0.5), rtol=1e-6)
 
 
-@pytest.mark.parametrize("bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_k": -1}])
+def test_every_row_is_sampled_as_it_wishes():
+  """Beside rows of other wishes each draws what it draws among its own kind."""
+  logits = jnp.asarray(np.random.default_rng(1).normal(size=(B, V)), jnp.float32)
+  wishes = [Wish(), Wish(0.0), Wish(0.5, 0.7), Wish(2.0, 1.0, 3)]
+  wishes = [wishes[i % 4] for i in range(B)]
+  mixed = decode.Sampling(*map(np.array, zip(*wishes)))
+  token, logp = SAMPLE(logits, keys(B), mixed)
+  for wish in set(wishes):
+    mine = [i for i in range(B) if wishes[i] == wish]
+    alone = SAMPLE(logits, keys(B), wish.rows(B))
+    np.testing.assert_array_equal(token[np.array(mine)], alone[0][np.array(mine)])
+    np.testing.assert_array_equal(logp[np.array(mine)], alone[1][np.array(mine)])
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_k": -1}])
 def test_sampling_is_checked(bad):
-  with pytest.raises(ValueError, match="greedy=True"):
-    Sampling(**bad)
+  with pytest.raises(ValueError, match="0 takes the likeliest token"):
+    Wish(**bad).check()
 
 
 # ---- Decoding ------------------------------------------------------------------------
@@ -120,6 +134,7 @@ def slots(ids, budget, start=0):
     position=np.full(B, n - 1, np.int32),
     budget=np.asarray(budget, np.int32),
     key=keys(B, start),
+    sampling=Wish().rows(B),
   )
 
 
@@ -158,21 +173,21 @@ def alone(cache):
   return Prompts(nothing, nothing, zero, np.zeros(B, np.int32), lane)
 
 
-DECODE = jax.jit(
-  decode.decode, static_argnames=("config", "sampling", "stops", "lanes")
-)
+DECODE = jax.jit(decode.decode, static_argnames=("config", "stops", "lanes"))
 
 
 def send(
   model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, prompts=None,
-  **kwargs,
+  sampling=None, **kwargs,
 ):  # fmt: skip
   """(cache, slots, tokens, log-probs, count)"""
   config, params = model
   mask = np.zeros(V, bool)
   mask[list(banned)] = True
   forced = np.full((B, chunk), -1, np.int32) if forced is None else forced
-  kwargs = dict(sampling=Sampling(), stops=(END,), lanes=lanes) | kwargs
+  kwargs = dict(stops=(END,), lanes=lanes) | kwargs
+  if sampling:
+    standing = standing.replace(sampling=sampling.rows(B))
   banned = mask if banned else None
   prompts = prompts or alone(cache)
   return DECODE(config, params, cache, prompts, standing, forced, banned, **kwargs)
@@ -210,7 +225,7 @@ def full_logits(model, rows):
 def test_greedy_equals_the_argmax_of_a_full_pass(model, ids, pieces):
   cache = prefill(model, ids, pieces)
   _, tokens, logp, count = play(
-    model, cache, slots(ids, [6] * B), sampling=Sampling(greedy=True), banned=[END]
+    model, cache, slots(ids, [6] * B), sampling=Wish(0.0), banned=[END]
   )
   assert (count == 6).all()
   scores = full_logits(model, np.concatenate([ids, tokens], 1))[:, 8:14]
@@ -288,7 +303,7 @@ def test_forced_tokens_are_said_with_the_models_logp(model, ids):
   forced = np.where(rng.random((B, 6)) < 0.6, rng.integers(4, V, (B, 6)), -1)
   forced[0], forced[1] = -1, [9, END, 9, 9, 9, 9]
   _, tokens, logp, count = play(
-    model, cache, slots(ids, [6] * B), forced=forced, sampling=Sampling(0.7)
+    model, cache, slots(ids, [6] * B), forced=forced, sampling=Wish(0.7)
   )
   said = np.arange(6) < count[:, None]
   assert (tokens == forced)[said & (forced >= 0)].all() and count[1] == 2
@@ -298,7 +313,7 @@ def test_forced_tokens_are_said_with_the_models_logp(model, ids):
   # Unlikely tokens have log-probs of -10, known to 1e-6 of themselves.
   np.testing.assert_allclose(logp[said], expected[said], rtol=2e-6, atol=1e-5)
   # What is not forced is drawn as if nothing were: the first turns are the same.
-  _, free, *_ = play(model, cache, slots(ids, [6] * B), sampling=Sampling(0.7))
+  _, free, *_ = play(model, cache, slots(ids, [6] * B), sampling=Wish(0.7))
   assert (free[0] == tokens[0]).all()
 
 

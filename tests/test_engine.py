@@ -245,7 +245,9 @@ def test_sampled_logp_equals_the_trainers(world, plain):
 
 def test_greedy_is_the_argmax_of_the_full_forward(world, plain):
   _, config, params = world
-  groups = run(plain, params, [task(0), task(1, True)], greedy=True, max_new_tokens=24)
+  groups = run(
+    plain, params, [task(0), task(1, True)], temperature=0.0, max_new_tokens=24
+  )
   finished = flat(groups)
   b = jax.tree.map(jnp.asarray, batch_of(finished))
   hidden = jax.jit(qwen2_5_vl.forward, static_argnums=0)(config, params, b)
@@ -455,9 +457,9 @@ def test_a_question_that_comes_again_is_played_anew(world, plain, caplog):
       f.trajectory.ids
       for f in flat(run(plain, params, [task(0)], max_new_tokens=9, **k))
     ]
-    for k in ({"temperature": 0.0}, {"greedy": True}, {"temperature": 0.0, "seed": 1})
+    for k in ({"temperature": 0.0}, {"temperature": 0.0, "seed": 1})
   ]
-  assert likely[0] == likely[1] == likely[2]
+  assert likely[0] == likely[1]
   with pytest.raises(ValueError, match="temperature"):
     run(plain, params, [task(0)], temperature=-1.0)
 
@@ -468,12 +470,12 @@ def test_compiles_once_per_shape(world, scripted):
   for temperature in (1.0, 0.7):
     perform(scripted, world, tasks, group_size=3, temperature=temperature)
   # open, place, move; prompts and turns of "extend"; rows of 64, 48, 32 and 16 patches;
-  # two ways of sampling in 16, 8 or 4 lanes.  Nothing is cast.
-  assert scripted.compiles == 15 == scripted.declared - 1
+  # 16, 8 or 4 lanes, however they sample.  Nothing is cast.
+  assert scripted.compiles == 12 == scripted.declared - 1
   perform(scripted, world, tasks[::-1], group_size=3, seed=1)
   other = jax.tree.map(lambda x: x + 0, params)
   perform(scripted, (*world[:2], other), tasks[:1], group_size=3, step=3)
-  assert scripted.compiles == 15
+  assert scripted.compiles == 12
 
 
 @pytest.mark.slow

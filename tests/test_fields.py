@@ -56,7 +56,8 @@ def refused(name, arg, path, value) -> str:
 # What a field may be beside what its preset says: 0 means "none", "off", "never" or "all",
 # as the docstring of the function that takes it tells.
 ZERO = {
-  "seed", "seeds", "data.tasks", "eval.tasks", "save_every", "eval_every", "keep_trajectories_every", "chips",
+  "seed", "seeds", "data.tasks", "eval.tasks", "save_every", "eval_every",
+  "keep_trajectories_every", "chips",
   "lora.rank", "optim.warmup_steps", "optim.final_lr_ratio", "optim.b1", "optim.b2",
   "optim.weight_decay", "optim.clip_norm", "features.gib", "data.max_bad_share",
   "data.filter.min_tokens", "data.filter.max_tokens", "data.filter.min_pixels",

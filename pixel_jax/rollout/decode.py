@@ -14,12 +14,12 @@ distribution under the ban; such rollouts are for evaluation only.
 Not here: what an end of turn means, conversations, pictures (features arrive encoded).
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pixel_jax.batch import Cache, Prompts
 from pixel_jax.model import qwen2_5_vl
@@ -28,21 +28,37 @@ from pixel_jax.model.config import ModelConfig
 BLOCK = 128  # tokens of the vocabulary that are drawn from at a time
 
 
-@dataclasses.dataclass(frozen=True)
+@flax.struct.dataclass
 class Sampling:
-  """How a token is drawn; static, so each distinct value compiles once."""
+  """How each row draws its tokens."""
+
+  temperature: jax.Array  # f32[B]    0 = takes the likeliest
+  top_p: jax.Array  # f32[B]    keeps the likeliest that reach this mass; 1 = all
+  top_k: jax.Array  # i32[B]    keeps the k likeliest; 0 = all
+
+
+class Wish(NamedTuple):
+  """How one sequence is sampled; the fields are those of `Sampling`."""
 
   temperature: float = 1.0
-  top_p: float = 1.0  # keep the likeliest tokens that reach this mass; 1 = all
-  top_k: int = 0  # keep the k likeliest; 0 = all
-  greedy: bool = False
+  top_p: float = 1.0
+  top_k: int = 0
 
-  def __post_init__(self):
-    if not (self.temperature > 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
+  def check(self) -> "Wish":
+    if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
       raise ValueError(
-        f"{self}: temperature > 0, 0 < top_p <= 1, top_k >= 0; for temperature 0 use "
-        "greedy=True."
+        f"{self}: temperature >= 0 (0 takes the likeliest token), 0 < top_p <= 1, "
+        "top_k >= 0."
       )
+    return self
+
+  def rows(self, B: int) -> Sampling:
+    """The same for B rows, in numpy."""
+    return Sampling(
+      np.full(B, self.temperature, np.float32),
+      np.full(B, self.top_p, np.float32),
+      np.full(B, self.top_k, np.int32),
+    )
 
 
 @flax.struct.dataclass
@@ -76,6 +92,7 @@ class Slots:
   position: jax.Array  # i32[B]    its position (text: the three are equal)
   budget: jax.Array  # i32[B]    tokens the turn may still have; 0 = idle
   key: jax.Array  # u32[B 2]  of the sequence
+  sampling: Sampling
 
 
 def encode(
@@ -158,17 +175,25 @@ def sample(
     key: u32[B 2], one per row and token, so that no row depends on another.
     forced: i32[B], taken instead of a drawn token; -1 = free.
   """
-  scores = logits / sampling.temperature
+  likeliest = sampling.temperature == 0
+  scores = logits / jnp.where(likeliest, 1, sampling.temperature)[:, None]
   top = scores.max(axis=-1, keepdims=True)
   weights = jnp.exp(scores - top)  # B V, the one pass over all of them
   total = weights.sum(axis=-1)
-  if sampling.greedy:
-    token = scores.argmax(axis=-1).astype(jnp.int32)
-  else:
-    kept = _truncate(scores, sampling)
-    if kept is not None:
-      weights = jnp.where(kept, weights, 0)
-    token = _draw(weights, key)
+  # What no row asks for costs nothing: a sort of the vocabulary, noise, a maximum.
+  cut = (sampling.top_p < 1) | (sampling.top_k > 0)
+  weights = jax.lax.cond(
+    (cut & ~likeliest).any(),
+    lambda: _truncate(weights, scores, sampling),
+    lambda: weights,
+  )
+  best = jax.lax.cond(
+    likeliest.any(),
+    lambda: scores.argmax(axis=-1).astype(jnp.int32),
+    lambda: jnp.zeros(len(scores), jnp.int32),
+  )
+  token = jax.lax.cond(likeliest.all(), lambda: best, lambda: _draw(weights, key))
+  token = jnp.where(likeliest, best, token)
   if forced is not None:
     token = jnp.where(forced < 0, token, forced)
   score = jnp.take_along_axis(scores, token[:, None], axis=-1)
@@ -201,19 +226,17 @@ def _draw(weights: jax.Array, key: jax.Array) -> jax.Array:
   return (block * BLOCK + pick(members, uniform[:, 1])).astype(jnp.int32)
 
 
-def _truncate(scores: jax.Array, sampling: Sampling) -> jax.Array | None:
-  """bool[B V]: the top_k likeliest that reach the mass top_p; ties stay.  None = all."""
-  if sampling.top_k == 0 and sampling.top_p == 1.0:
-    return None
+def _truncate(weights: jax.Array, scores: jax.Array, sampling: Sampling) -> jax.Array:
+  """The weights f32[B V], 0 but for the top_k likeliest that reach top_p; ties stay."""
+  top_p, top_k = sampling.top_p[:, None], sampling.top_k[:, None]
   ordered = jnp.sort(scores, axis=-1, descending=True)
-  if 0 < sampling.top_k < scores.shape[-1]:
-    kept = jnp.arange(scores.shape[-1]) < sampling.top_k
-    ordered = jnp.where(kept, ordered, -jnp.inf)
+  kept = (jnp.arange(scores.shape[-1]) < top_k) | (top_k == 0)
+  ordered = jnp.where(kept, ordered, -jnp.inf)
   # As vLLM and HF: top_p of what top_k left, and the token that reaches it is kept.
   p = jax.nn.softmax(ordered, axis=-1)
-  kept = jnp.cumsum(p, axis=-1) - p < sampling.top_p
+  kept = (jnp.cumsum(p, axis=-1) - p < top_p) | (top_p == 1)
   least = jnp.where(kept & (p > 0), ordered, jnp.inf).min(axis=-1, keepdims=True)
-  return scores >= least
+  return jnp.where(scores >= least, weights, 0)
 
 
 def place(slots: Slots, source: jax.Array, new: jax.Array, given: Slots) -> Slots:
@@ -239,7 +262,6 @@ def decode(
   forced: jax.Array,
   banned: jax.Array | None,
   *,
-  sampling: Sampling,
   stops: tuple[int, ...],
   lanes: int,
 ) -> tuple[Cache, Slots, jax.Array, jax.Array, jax.Array]:
@@ -259,6 +281,7 @@ def decode(
   """
   B, chunk = lanes, forced.shape[1]
   key = slots.key[:B]
+  sampling = jax.tree.map(lambda x: x[:B], slots.sampling)
   before = prompts.length[prompts.row[:B]]  # B
 
   def is_on(state):

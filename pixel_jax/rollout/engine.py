@@ -15,13 +15,10 @@ neighbours or its slot, bit for bit; between buckets log-probs round differently
 """
 
 import collections
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Annotated, Any, Literal
 
 import jax
@@ -35,27 +32,18 @@ from pixel_jax.fields import NonNegativeFloat, NonNegativeInt, Number, PositiveI
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.model.config import ModelConfig
 from pixel_jax.pixels import resample
-from pixel_jax.pixels.geometry import Pixels
 from pixel_jax.rollout import decode, pictures
 from pixel_jax.rollout.episode import Episode, overflow
 from pixel_jax.rollout.programs import Programs
-from pixel_jax.rollout.scheduler import Scheduler, Start
+from pixel_jax.rollout.session import Finished, Group, Session
 from pixel_jax.rollout.table import Table
-from pixel_jax.trajectory import Task, Trajectory
+from pixel_jax.trajectory import Task
 
 CALL = ("<tool_call>", "<tool_call>\n", '<tool_call>{"')  # how a call may begin
 Script = Callable[
   [Task, int], Sequence[Sequence[int]]
 ]  # (task, sample) -> turns of ids
 TOKENS = 16_384  # of one prefill or extend call, where the caller does not say
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-  """A rollout that has ended, with one `Pixels` for every slot of its trajectory."""
-
-  trajectory: Trajectory
-  pixels: list[Pixels]
 
 
 class Engine:
@@ -136,21 +124,21 @@ class Engine:
     worst = max(R * (-(-4 * T // page) + 2) for R, T in (self.prompt, self.turn))
     self.pages = pages or max(32, worst + len(pictures.row_sizes(patches)))
     words = codec.tokenizer
-    self._stops = (words.im_end, words.endoftext)
+    self.stops = (words.im_end, words.endoftext)
     self._calls = sorted({words.encode(text)[0] for text in CALL})
     self.stats: dict[str, float] = {}
     self.refusal = ""  # why the last prompt without room had none
     self._programs: Programs | None = None
-    self._ways: set[tuple[decode.Sampling, bool]] = set()  # of sampling; with a ban?
+    self._ways: set[bool] = set()  # of decoding: with a ban?
 
   @property
   def compiles(self) -> int:
-    """Programs compiled so far: one per shape and way of sampling."""
+    """Programs compiled so far: one per shape."""
     return self._programs.compiles if self._programs else 0
 
   @property
   def declared(self) -> int:
-    """Programs that the buckets and the ways of sampling so far can ask for."""
+    """Programs that the buckets so far can ask for."""
     extend = sum(len(views) for views in self.views)
     encode = len(pictures.row_sizes(self.patches))
     decode = len(self._ways) * len(self.lanes)
@@ -172,7 +160,6 @@ class Engine:
     temperature: NonNegativeFloat = 1.0,
     top_p: Annotated[Number, Gt(0), Le(1)] = 1.0,
     top_k: NonNegativeInt = 0,
-    greedy: bool = False,
     force: str | None = None,
     script: Script | None = None,
     fixed_batch: bool = False,
@@ -189,7 +176,7 @@ class Engine:
     Args:
       seed, step: with the task's id and the sample's index the key of its sampling.  A
         task that comes again in one shard gets keys of its own.
-      temperature: 0 takes the likeliest token, as `greedy` does.
+      temperature: 0 takes the likeliest token.
       max_turns: assistant turns; a call in the last one is not run (stop "turns").
       max_new_tokens: of one turn; a turn that does not end within them stops "length".
       row: tokens and patches that a rollout may have, so that a row of training holds it;
@@ -217,113 +204,60 @@ class Engine:
       raise ValueError(
         f"{group_size=}: this engine was made for groups of at most {self.group_size}."
       )
-    if temperature < 0:
-      raise ValueError(f"{temperature=}: 0 takes the likeliest token, above 0 samples.")
-    greedy = greedy or temperature == 0
-    sampling = decode.Sampling(temperature or 1.0, top_p, top_k, greedy)
+    wish = decode.Wish(temperature, top_p, top_k).check()
+    talk = self.codec
+    if codec is not None:
+      talk = dataclasses.replace(codec, resize=self.codec.resize)
     names = _distinct(tasks)
     limits = dict(
-      max_patches=self.patches,
-      max_turns=max_turns,
-      max_new_tokens=max_new_tokens,
-      row=row,
+      max_turns=max_turns, max_new_tokens=max_new_tokens, row=row,
       operations=force != "answer",
-    )
-    ban = self._calls if force == "answer" else []
-    table = self._table(params, sampling, ban, fixed_batch)
-    buckets = [self.slots] if fixed_batch else self.lanes
-    plan = Scheduler(
-      slots=self.slots, prompts=self.prompts, groups=len(tasks), group_size=group_size,
-      delay=self.delay,
     )  # fmt: skip
     results: list[list[Finished | None]] = [[None] * group_size for _ in tasks]
-    starts: dict[int, Start] = {}  # slot -> who plays there
-    prompts: dict[int, Conversation] = {}  # group -> of groups that have begun
-    operations: dict[int, Future[bool]] = {}  # slot -> under way
-    refused = 0  # tasks whose prompts have no room
-    self.refusal = ""
-    watch = _Stopwatch()
 
-    def finish(slot: int) -> None:
-      start, conversation = starts[slot], table.episodes[slot].conversation
-      finished = Finished(conversation.trajectory, conversation.pixels)
+    def finish(i: int, finished: Finished) -> None:
       if keep:
-        results[start.group][start.sample] = finished
-      plan.release(slot)
+        results[i][finished.trajectory.sample] = finished
       if ended:
-        ended(start.group, finished)
+        ended(i, finished)
 
-    with ThreadPoolExecutor(self.workers) as pool:
-      talk = self.codec
-      if codec is not None:
-        talk = dataclasses.replace(codec, resize=self.codec.resize)
-      prompt_of = functools.partial(Conversation, talk, load_media=load_media)
-      ahead = _Ahead(pool, prompt_of, tasks)
-      while not plan.done:
-        # ---- Refill free slots; a prompt is computed once a group ----
-        begun = plan.refill()
-        with watch("prompts"):
-          for s in begun:
-            if s.sample == 0:
-              prompts[s.group] = ahead.take(s.group)
-            last = s.sample == group_size - 1
-            prompt = prompts.pop(s.group) if last else prompts[s.group]
-            key = _key(seed, step, names[s.group], s.sample)
-            turns = self._turns(script, tasks[s.group], s.sample)
-            room = self._room(len(prompt.trajectory.ids))
-            episode = Episode(
-              prompt.fork(s.sample), max_len=room, script=turns, **limits
-            )
-            table.begin(s, episode, key)
-            starts[s.slot] = s
-            if s.sample == 0 and not episode.fits:
-              refused += 1
-              self.refusal = self._refusal(tasks[s.group], episode, row)
-              logging.warning("set aside: %s", self.refusal)
-        fits = {s: table.episodes[s.slot].fits for s in begun}
-        with watch("prefill"):
-          homes = [s.slot for s in begun if fits[s] and s.sample == 0]
-          table.prefill(homes, self.prompt)
-          table.start([s.slot for s in begun if fits[s]])
-        for s in begun:
-          if not fits[s]:
-            table.episodes[s.slot].refuse()
-            finish(s.slot)
-        # ---- Go on with the turns whose operations are due ----
-        with watch("operate"):
-          due = [(slot, operations.pop(slot).result()) for slot in plan.collect()]
-        for slot, fits in due:
-          (plan.resume if fits else finish)(slot)
-        with watch("extend"):
-          table.feed([slot for slot, fits in due if fits], self.turn)
-        # ---- Decode a chunk; look at what was said ----
-        if plan.decoding:
-          lanes, moves = plan.drain(buckets)
-          for source, target in moves:
-            for column in (starts, operations):
-              if source in column:
-                column[target] = column.pop(source)
-          table.move(moves)
-          with watch("decode"):
-            table.decode(
-              sorted(plan.decoding), sampling, lanes,
-              steady=plan.steady, waiting=plan.waiting,
-            )  # fmt: skip
-        while len(table.unread) > (self.lag if plan.decoding else 0):
-          with watch("decode"):
-            sampled = table.read()
-          with watch("feed"):
-            for slot, ids, logp in sampled:
-              episode = table.episodes[slot]
-              outcome = episode.feed(ids, logp, ended=ids[-1] in self._stops)
-              if outcome == "operate":
-                operations[slot] = pool.submit(episode.operate)
-                plan.submit(slot)
-              elif outcome == "done":
-                finish(slot)
-        plan.tick()
-    self.stats = self._summary(table, len(tasks), refused, watch.seconds)
+    with self.open(
+      params, forbid_calls=force == "answer", fixed_batch=fixed_batch, most=group_size
+    ) as session:
+      for i, task in enumerate(tasks):
+        group = Group(
+          prompt=functools.partial(Conversation, talk, task, load_media),
+          keys=[key_of(seed, step, names[i], s) for s in range(group_size)],
+          sampling=wish,
+          script=[self._turns(script, task, s) for s in range(group_size)],
+          limits=limits,
+          ended=functools.partial(finish, i),
+        )
+        session.add(group)
+      while not session.done:
+        session.step()
+    self.stats, self.refusal = session.stats(), session.refusal
     return results if keep else []
+
+  def open(
+    self,
+    params: Any,
+    *,
+    forbid_calls: bool = False,
+    fixed_batch: bool = False,
+    most: int | None = None,
+  ) -> Session:
+    """Conversations with one set of weights, that come and go; `run` is one of these.
+
+    Args:
+      forbid_calls: no token that begins a call is ever drawn.
+      fixed_batch: of `run`.
+      most: samples of a group at most; None = the engine's `group_size`.
+    """
+    return Session(
+      self, self._table(params, self._calls if forbid_calls else [], fixed_batch),
+      lanes=[self.slots] if fixed_batch else self.lanes, most=most or self.group_size,
+    )  # fmt: skip
 
   def _begin_with_a_call(self, task: Task, sample: int) -> Sequence[Sequence[int]]:
     return [self.codec.tokenizer.encode(CALL[1])[:1]]
@@ -348,7 +282,7 @@ class Engine:
       row: of `run`.
     """
     why = overflow(
-      tokens, patches, max_len=self._room(tokens), max_patches=self.patches, row=row
+      tokens, patches, max_len=self.room(tokens), max_patches=self.patches, row=row
     )
     if not why:
       return ""
@@ -363,50 +297,24 @@ class Engine:
       "these, or lower the pixel budgets"
     )
 
-  def _room(self, tokens: int) -> int:
+  def refusal_of(self, episode: Episode, row: tuple[int, int] | None) -> str:
+    """Why a prompt is not played."""
+    trajectory = episode.conversation.trajectory
+    patches = {p.key: p.num_patches for p in episode.conversation.pixels}
+    why = self.refuses(len(trajectory.ids), list(patches.values()), row)
+    return f"task {trajectory.task.id}: {why}"
+
+  def room(self, tokens: int) -> int:
     """Ids that a conversation with such a prompt may have; none where it is too long."""
     stored = tokens - 1  # the last is fed when decoding begins
     return stored + self.max_own if stored <= self.max_prompt else 0
 
-  def _refusal(self, task: Task, episode: Episode, row) -> str:
-    """Why a task is not played."""
-    patches = {p.key: p.num_patches for p in episode.conversation.pixels}
-    why = self.refuses(len(episode.ids), list(patches.values()), row)
-    return f"task {task.id}: {why}"
-
-  def _summary(
-    self, table: Table, groups: int, refused: int, seconds: dict[str, float]
-  ) -> dict[str, float]:
-    """What `train_rl` logs of a run."""
-    c = table.stats
-    names = ("prefills", "extends", "chunks", "steps", "tokens", "host_syncs")
-    stats = {name: c[name] for name in names} | {
-      "pictures": table.bank.encoded,
-      "vision_calls": table.bank.calls,
-      # Of the tokens that the decoding loop could have sampled, those that it did.
-      "occupancy": c["tokens"] / max(1, c["lane_steps"]),
-      "waiting": c["waiting"] / max(1, c["lane_steps"]),  # for an operation
-      "host_syncs_per_chunk": c["host_syncs"] / max(1, c["chunks"]),
-      "prefills_per_group": c["prefills"] / max(1, groups - refused),
-      "too_long_prompts": refused,
-    }
-    if c["steady_lane_steps"]:  # from the first refill until no sample waits
-      stats["occupancy_steady"] = c["steady_tokens"] / c["steady_lane_steps"]
-    stats = {f"rollout/{k}": float(v) for k, v in stats.items()}
-    stats |= {f"perf/rollout_{k}_s": v for k, v in seconds.items()}
-    return stats | {
-      "perf/rollout_compiles": float(self.compiles),
-      "perf/rollout_programs_declared": float(self.declared),
-    }
-
   # ---- Device ------------------------------------------------------------------------
 
-  def _table(
-    self, params: Any, sampling: decode.Sampling, ban: Sequence[int], one_bucket: bool
-  ) -> Table:
+  def _table(self, params: Any, ban: Sequence[int], one_bucket: bool) -> Table:
     """An empty cache and bank where `params` lie; freed when the run is over."""
     programs = self.programs(jax.tree.leaves(params)[0].sharding)
-    self._ways.add((sampling, bool(ban)))
+    self._ways.add(bool(ban))
     if qwen2_5_vl.is_wide(self.config, params):
       params = programs.cast(params)
     cache, prompts, slots, features = programs.open()
@@ -440,7 +348,7 @@ class Engine:
         max_prompt=self.max_prompt,
         bank=self.pages * self.patches // 4,
         piece=self.prompt[1],
-        stops=self._stops,
+        stops=self.stops,
       )
     return self._programs
 
@@ -476,37 +384,8 @@ def _distinct(tasks: Sequence[Task]) -> list[str]:
   return names
 
 
-def _key(seed: int, step: int, task: str, sample: int) -> np.ndarray:
+def key_of(seed: int, step: int, task: str, sample: int) -> np.ndarray:
   """u32[2], the threefry key of one rollout; a hash, so no key is near another."""
   name = f"{seed}/{step}/{sample}/{task}"
   digest = hashlib.blake2b(name.encode("utf-8", "replace"), digest_size=8).digest()
   return np.frombuffer(digest, np.uint32)
-
-
-class _Ahead:
-  """Prepares the prompts of the next few tasks in worker threads."""
-
-  def __init__(self, pool: ThreadPoolExecutor, make: Callable, tasks: Sequence[Task]):
-    self._pool, self._make = pool, make
-    self._left = collections.deque(enumerate(tasks))
-    self._futures: dict[int, Future[Conversation]] = {}
-
-  def take(self, group: int, ahead: int = 4) -> Conversation:
-    """The prompt of `group`; groups are taken in order."""
-    while self._left and self._left[0][0] <= group + ahead:
-      i, task = self._left.popleft()
-      self._futures[i] = self._pool.submit(self._make, task)
-    return self._futures.pop(group).result()
-
-
-class _Stopwatch:
-  """Seconds by phase; those of the device are told where the host waits: "decode"."""
-
-  def __init__(self):
-    self.seconds: dict[str, float] = collections.defaultdict(float)
-
-  @contextlib.contextmanager
-  def __call__(self, phase: str):
-    start = time.perf_counter()
-    yield
-    self.seconds[phase] += time.perf_counter() - start

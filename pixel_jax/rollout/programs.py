@@ -56,9 +56,11 @@ class Programs:
     def open_():
       zero = jnp.zeros(slots, jnp.int32)
       key = jnp.zeros((slots, 2), jnp.uint32)
+      one = jnp.ones(slots, jnp.float32)
       standing = decode.Slots(
-        length=zero, last=zero, position=zero, budget=zero, key=key
-      )
+        length=zero, last=zero, position=zero, budget=zero, key=key,
+        sampling=decode.Sampling(one, one, zero),
+      )  # fmt: skip
       features = jnp.zeros((bank, config.text.width), config.dtype)
       shared = qwen2_5_vl.init_cache(config, prompts, max_prompt)
       return qwen2_5_vl.init_cache(config, slots, max_len), shared, standing, features
@@ -87,7 +89,7 @@ class Programs:
     self.place = jax.jit(bind(decode.place), donate_argnums=0, out_shardings=whole)
     self.decode = jax.jit(
       bind(decode.decode, config, stops=stops),
-      static_argnames=("sampling", "lanes"),
+      static_argnames="lanes",
       donate_argnums=(1, 3),
       out_shardings=(layout, whole, whole, whole, whole),
     )

@@ -15,6 +15,7 @@ fewer *lanes* decode.
 Not here: tokens, caches, pictures.
 """
 
+import collections
 import dataclasses
 from collections.abc import Sequence
 
@@ -35,7 +36,8 @@ class Scheduler:
   Args:
     slots: rows of the cache.
     prompts: rows for prompts.
-    groups, group_size: what is to be played; any size, also more than the slots.
+    groups, group_size: what is to be played; any size, also more than the slots.  More
+      groups may come (`add`), of at most that size.
     delay: chunks from submitting an operation to collecting it; with 2 the other slots
       decode one chunk meanwhile, with 1 (or 0) none.
   """
@@ -49,10 +51,14 @@ class Scheduler:
         "one slot, one prompt and one sample in a group; no count is negative."
       )
     self.group_size = group_size
-    self.total = groups * group_size
     self.delay = delay
     self.chunk = 0
-    self.started = 0  # samples
+    self._groups = 0  # so far
+    # Samples that wait: (group, sample, samples of the group).
+    self._samples: collections.deque[tuple[int, int, int]] = collections.deque()
+    for _ in range(groups):
+      self.add(group_size)
+    self._begun = False
     self.decoding: set[int] = set()
     self._refilled = False
     # No more can play at once, so the slots above them are never used.
@@ -66,23 +72,41 @@ class Scheduler:
 
   @property
   def done(self) -> bool:
-    return self.started == self.total and not self.decoding and not self._operations
+    return not self._samples and not self.decoding and not self._operations
+
+  def add(self, samples: int) -> int:
+    """Another group waits; its number."""
+    if not 0 < samples <= self.group_size:
+      raise ValueError(f"{samples=}: expected 1 to group_size={self.group_size}.")
+    group = self._groups
+    self._groups += 1
+    self._samples.extend((group, sample, samples) for sample in range(samples))
+    return group
+
+  def withdraw(self, group: int) -> None:
+    """The samples of a group that have not started never will."""
+    gone = [each for each in self._samples if each[0] == group]
+    if gone:
+      self._samples = collections.deque(s for s in self._samples if s[0] != group)
+    if gone and gone[0][1] > 0:  # the others play, or did: it is the last that began
+      self._leave(self._row, len(gone))
 
   def refill(self) -> list[Start]:
     """Gives free slots to waiting samples; sample 0 brings the prompt of its group."""
-    self._refilled |= self.started > 0 and bool(self._free)
+    self._refilled |= self._begun and bool(self._free)
     starts = []
-    for slot in sorted(self._free)[: self.total - self.started]:
-      group, sample = divmod(self.started, self.group_size)
+    for slot in sorted(self._free)[: len(self._samples)]:
+      group, sample, samples = self._samples[0]
       if sample == 0:
         if not self._rows:
           break
         self._row = min(self._rows)
         self._rows.remove(self._row)
-        self._left[self._row] = self.group_size
+        self._left[self._row] = samples
+      self._samples.popleft()
       starts.append(Start(group, sample, slot, self._row))
       self._row_of[slot] = self._row
-      self.started += 1
+      self._begun = True
       self._free.remove(slot)
       self.decoding.add(slot)
     return starts
@@ -95,7 +119,7 @@ class Scheduler:
   @property
   def steady(self) -> bool:
     """From the first refill until no sample waits for a slot."""
-    return self._refilled and self.started < self.total
+    return self._refilled and bool(self._samples)
 
   def drain(self, buckets: Sequence[int]) -> tuple[int, list[tuple[int, int]]]:
     """(lanes, moves): the fewest lanes that hold all who play, and who moves for that.
@@ -103,7 +127,7 @@ class Scheduler:
     Args:
       buckets: numbers of lanes to choose from, ascending; the last is all slots.
     """
-    if self.started < self.total:
+    if self._samples:
       return next(n for n in buckets if n >= self._most), []
     playing = self.decoding | {slot for _, slot in self._operations}
     lanes = next(n for n in buckets if n >= len(playing))
@@ -137,8 +161,10 @@ class Scheduler:
     """The rollout of a slot, decoding or just collected, is over."""
     self.decoding.discard(slot)
     self._free.add(slot)
-    row = self._row_of.pop(slot)
-    self._left[row] -= 1
+    self._leave(self._row_of.pop(slot), 1)
+
+  def _leave(self, row: int, samples: int) -> None:
+    self._left[row] -= samples
     if not self._left[row]:
       self._rows.add(row)
 

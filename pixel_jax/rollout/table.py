@@ -75,16 +75,28 @@ class Table:
     self._before = np.zeros(P, np.int32)  # ids of each prompt that lie there
     self._lane = np.full((P, group_size), B, np.int32)  # slots that go on from it
     self._key = np.zeros((B, 2), np.uint32)
+    self._sampling = decode.Wish().rows(B)
     self._new = np.zeros(B, bool)  # a turn begins: the device is to be told
+    self._halted: set[int] = set()  # slots that are to stop
     self._source = np.arange(B, dtype=np.int32)  # who moved here since the last chunk
     self._forced: list[Sequence[int]] = [()] * B  # of the turn, not yet said
 
+  @property
+  def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    s = self._sampling
+    return s.temperature, s.top_p, s.top_k
+
   # ---- New ids -----------------------------------------------------------------------
 
-  def begin(self, start: Start, episode: Episode, key: np.ndarray) -> None:
+  def begin(
+    self, start: Start, episode: Episode, key: np.ndarray, sampling: decode.Wish
+  ) -> None:
     """A conversation enters an empty slot; `start` follows when its prompt is there."""
     slot = start.slot
     self.episodes[slot], self._key[slot] = episode, key
+    self._halted.discard(slot)
+    for column, wish in zip(self._columns, sampling):
+      column[slot] = wish
     self._row[slot] = start.row
     self._lane[self._lane == slot] = len(self.episodes)
     self._lane[start.row, start.sample] = slot
@@ -112,9 +124,12 @@ class Table:
   def move(self, pairs: Sequence[tuple[int, int]]) -> None:
     """Slots give up their rows for others; what is on its way to them comes along."""
     for source, target in pairs:
-      for column in (self._length, self._row, self._key, self._new, self._source):
+      columns = (self._length, self._row, self._key, self._new, self._source)
+      for column in (*columns, *self._columns):
         column[target] = column[source]
-      self._new[source] = False
+      self._halted.discard(target)
+      self._halted.add(source)  # what goes on there is a copy
+      self._new[source] = True
       self._lane[self._lane == target] = len(self.episodes)
       self._lane[self._lane == source] = target
       for column in (self.episodes, self._forced):
@@ -211,9 +226,14 @@ class Table:
 
   # ---- Chunks ------------------------------------------------------------------------
 
-  def decode(
-    self, slots: Sequence[int], sampling: decode.Sampling, lanes: int, **notes: float
-  ) -> None:
+  def halt(self, slot: int) -> None:
+    """Nobody wants any more what a slot would say."""
+    for chunk in self.unread:
+      chunk.lane.pop(slot, None)
+    self._halted.add(slot)
+    self._new[slot] = True
+
+  def decode(self, slots: Sequence[int], lanes: int, **notes: float) -> None:
     """Sends off a chunk; `slots` are those that decode, or did when last read.
 
     Args:
@@ -233,7 +253,6 @@ class Table:
       self._slots,
       forced,
       self._banned,
-      sampling=sampling,
       lanes=lanes,
     )
     for x in out:
@@ -251,8 +270,11 @@ class Table:
       position=np.zeros(B, np.int32),
       budget=np.zeros(B, np.int32),
       key=self._key.copy(),
+      sampling=jax.tree.map(np.copy, self._sampling),
     )
     for slot in np.flatnonzero(self._new):
+      if slot in self._halted:
+        continue  # its budget is 0
       episode = self.episodes[slot]
       given.last[slot] = episode.ids[-1]
       given.position[slot] = episode.positions[-1][0]

@@ -69,7 +69,7 @@ def generate(
   B, S = context.shape
   program = jax.jit(
     functools.partial(decode.decode, config, stops=()),
-    static_argnames=("sampling", "lanes"),
+    static_argnames="lanes",
     donate_argnums=1,
   )
   position = jnp.broadcast_to(jnp.arange(S - 1)[:, None], (B, S - 1, 3))
@@ -90,15 +90,15 @@ def generate(
   slots = decode.Slots(
     length=full(0), last=context[:, -1].astype(np.int32), position=full(S - 1),
     budget=full(tokens), key=np.zeros((B, 2), np.uint32),
+    sampling=decode.Wish(temperature=0.0).rows(B),
   )  # fmt: skip
   free = np.full((B, tokens), -1, np.int32)
 
   def run():
     # What an earlier run wrote lies beyond the lengths in `slots` and is not seen.
     held["cache"], _, out, *_ = program(
-      params, held["cache"], prompts, slots, free, None,
-      sampling=decode.Sampling(greedy=True), lanes=B,
-    )  # fmt: skip
+      params, held["cache"], prompts, slots, free, None, lanes=B
+    )
     return np.asarray(out)
 
   return run

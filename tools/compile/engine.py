@@ -197,10 +197,6 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
     also=(array(i32, B), array(jnp.bool, B), slots),
   )  # fmt: skip
 
-  rollout = run.config.rollout
-  sampling = decode.Sampling(
-    rollout.temperature, rollout.top_p, rollout.top_k, rollout.get("greedy", False)
-  )
   for lanes in e.lanes:
 
     def cost(context, lanes=lanes):
@@ -215,7 +211,7 @@ def _engine(run: Run, e: engine.Engine, params: Any, held: int) -> Iterator[Prog
       program(
         f"decode {lanes}", cost(e.max_prompt + e.max_own), p.decode, params, cache,
         shared, slots,
-        also=(array(i32, B, e.chunk), None), sampling=sampling, lanes=lanes,
+        also=(array(i32, B, e.chunk), None), lanes=lanes,
       ),
       contexts={n: cost(n) for n in (2048, 4096, 8192)},
       tokens=lanes * e.chunk,
