@@ -14,6 +14,7 @@ PROGRAMS = {
   "sft": "pixel_jax.train_sft",
   "rl": "pixel_jax.train_rl",
   "evaluate": "pixel_jax.evaluate",
+  "serve": "pixel_jax.serve",
   "synthesize": "pixel_jax.tools.synthesize",
   "inspect": "pixel_jax.tools.inspect_data",
   "convert": "pixel_jax.tools.convert",
@@ -25,7 +26,10 @@ PROGRAMS = {
   "configs": "pixel_jax.tools.configs",
 }
 # Packages that some programs need, and the extra that brings them.
-EXTRAS = {"torch": "parity", "gradio": "demo", "openai": "synthesis", "wandb": "wandb"}
+EXTRAS = {
+  "torch": "parity", "gradio": "demo", "openai": "synthesis", "wandb": "wandb",
+  "starlette": "serve", "uvicorn": "serve",
+}  # fmt: skip
 
 
 def main() -> None:

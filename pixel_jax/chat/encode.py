@@ -143,8 +143,18 @@ class Conversation:
   seen: ops.Seen
 
   def __init__(
-    self, codec: Codec, task: Task, load_media: LoadMedia, *, sample: int = 0
+    self,
+    codec: Codec,
+    task: Task,
+    load_media: LoadMedia,
+    *,
+    sample: int = 0,
+    messages: Sequence[template.Message] | None = None,
   ):
+    """Args:
+    messages: what was said so far, with the pictures of the task in order; None =
+      `question_messages`.
+    """
     self.codec = codec
     self.trajectory = Trajectory(
       task=task, sample=sample, profile=codec.profile, pillow=PIL.__version__
@@ -153,7 +163,7 @@ class Conversation:
     self.seen = ops.Seen()
     self._next = 0  # M-RoPE position of what follows
     shown = question_pictures(codec, task, load_media)
-    messages = question_messages(codec, task)
+    messages = messages or question_messages(codec, task)
     self._append(messages, template.prompt(messages), shown)
 
   # ---- Growing -----------------------------------------------------------------------

@@ -33,7 +33,7 @@ def content(message: Message) -> list[Part]:
   """What stands between a turn's head and its end.
 
   Control tokens count in the system's text, in pictures and in the assistant's turns;
-  in all other text their letters are only letters.
+  in all other text their letters are only letters, and so in a text of {"foreign": True}.
   """
   control = message["role"] in ("system", "assistant")
   if isinstance(message["content"], str):
@@ -46,7 +46,7 @@ def content(message: Message) -> list[Part]:
     elif item.get("type") == "video" or "video" in item:
       parts.append((VIDEO, True))
     elif "text" in item:
-      parts.append((item["text"], control))
+      parts.append((item["text"], control and not item.get("foreign")))
   return parts
 
 
