@@ -293,7 +293,9 @@ def test_evaluation_of_two_processes(sft, tmp_path):
     out, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and out.count("done: ") == 1, out
     rows.append(json.loads((workdir / "evaluation.json").read_text())["rows"])
-    said.append([answered(workdir, f"SFT_world_pixel_{mode}") for mode in ("free", "forced")])
+    said.append(
+      [answered(workdir, f"SFT_world_pixel_{mode}") for mode in ("free", "forced")]
+    )
     assert [len(played) for played in said[-1]] == [10, 10]
   assert rows[0] == rows[1] and said[0] == said[1]
   lines = [
@@ -302,7 +304,9 @@ def test_evaluation_of_two_processes(sft, tmp_path):
   ]
   assert lines[0] == lines[1] and len(lines[0]) == 2
   assert {p.name for p in (tmp_path / "2" / "trajectories").iterdir()} == {
-    f"SFT_world_pixel_{mode}.{host:03}.jsonl" for mode in ("free", "forced") for host in (0, 1)
+    f"SFT_world_pixel_{mode}.{host:03}.jsonl"
+    for mode in ("free", "forced")
+    for host in (0, 1)
   }
 
 

@@ -23,11 +23,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from pixel_jax.data import formats, media, records, world
 from pixel_jax.data.records import BadRecord, SourceError
 from pixel_jax.fields import NonNegativeInt, PositiveFloat
-from pixel_jax.trajectory import Task, Trajectory
+from pixel_jax.pixels import video
+from pixel_jax.trajectory import Media, Task, Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +156,7 @@ class World:
     lengths = [images / (1 - self.share)] if self.share < 1 else []
     lengths += [videos / self.share] if self.share > 0 else []
     self._len = math.floor(min(lengths))
-    self.load_media = media.Library().load
+    self._library = media.Library()
 
   def __len__(self) -> int:
     return self._len
@@ -166,6 +168,9 @@ class World:
     is_video = after > before  # evenly spread
     index = world.nth("video", before) if is_video else world.nth("image", i - before)
     return world.task(self.seed, self.split, index)
+
+  def load_media(self, named: Media) -> Image.Image | video.Video:
+    return self._library.load(named)
 
 
 class File:
