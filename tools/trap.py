@@ -20,7 +20,7 @@ from pixel_jax.view import charts
 
 BASE = "tiny_base"  # start.find
 ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
-MODES = ("free", "forbidden", "forced", "swapped")
+MODES = ("free", "forbidden", "forced", "swapped", "blank", "masked")
 
 
 def begin(module: str, config: str, workdir: pathlib.Path, *overrides: str):
