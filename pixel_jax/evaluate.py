@@ -174,9 +174,11 @@ def earlier_rows(file) -> dict[tuple, dict]:
   """The figures of an earlier evaluation by policy, weights, benchmark, protocol, mode."""
   if not file.exists():
     return {}
+  keys = ("name", "weights", "benchmark", "protocol")
   return {
-    (r["name"], r["weights"], r["benchmark"], r["protocol"], mode): figures
+    (*(r[k] for k in keys), mode): figures
     for r in json.loads(file.read_text()).get("rows", ())
+    if all(k in r for k in keys)  # older versions had fewer
     for mode, figures in r["modes"].items()
   }
 
