@@ -20,6 +20,7 @@ PROGRAMS = {
   "convert": "pixel_jax.tools.convert",
   "parity": "pixel_jax.tools.parity",
   "view": "pixel_jax.tools.view",
+  "compare": "pixel_jax.tools.compare_runs",
   "trap": "pixel_jax.tools.trap",
   "bench": "pixel_jax.tools.bench.compare",
   "compile-check": "pixel_jax.tools.compile.check",

@@ -166,6 +166,7 @@ class Scheduler:
   def _leave(self, row: int, samples: int) -> None:
     self._left[row] -= samples
     if not self._left[row]:
+      del self._left[row]
       self._rows.add(row)
 
   def tick(self) -> None:
