@@ -105,7 +105,7 @@ def test_there_are_commands_on_every_page_that_has_some():
   assert len(OURS) > 25
   assert {c.split()[1] for c in OURS if c.startswith("pixel-jax")} >= {
     "sft", "rl", "evaluate", "synthesize", "inspect", "convert", "parity", "view",
-    "trap", "bench", "compile-check", "configs",
+    "trap", "bench", "compile-check", "configs", "serve", "compare",
   }  # fmt: skip
 
 

@@ -18,21 +18,29 @@ import tomllib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-MODES = ("free", "forbidden", "forced", "swapped")
+MODES = ("free", "forbidden", "forced", "swapped", "blank", "masked")
+HARD = ("image/hard", "video/hard")
 
 
 def policies(evaluation: dict) -> str:
   """What every policy of one seed does in every mode, in percent."""
-  rows = ["policy | free | forbidden | forced | swapped | RaPR | covers the cue"]
+  rows = [f"policy | {' | '.join(MODES)} | RaPR | covers the cue"]
   for row in evaluation["rows"]:
     m = row["modes"]
     low, high = (100 * x for x in m["free"]["ci"])
     cells = [f"{100 * m['free']['accuracy']:.1f} [{low:.1f}, {high:.1f}]"]
-    cells += [f"{100 * m[mode]['accuracy']:.1f}" for mode in MODES[1:]]
+    cells += [f"{100 * m[mode]['accuracy']:.1f}" for mode in MODES[1:4]]
+    cells += [f"{100 * m[k]['accuracy']:.1f} / {100 * hard(m[k]):.1f}" for k in MODES[4:]]
     cells += [f"{100 * m['free']['rapr']:.1f}", f"{100 * m['forced']['covered']:.1f}"]
     name = f"**{row['name']}**" if row["name"] == "RL curiosity" else row["name"]
     rows.append(" | ".join([name, *cells]))
   return table(rows)
+
+
+def hard(mode: dict) -> float:
+  """Accuracy on scenes whose letter the first view does not show."""
+  parts = [mode["by"][kind] for kind in HARD]
+  return sum(p["accuracy"] * p["n"] for p in parts) / sum(p["n"] for p in parts)
 
 
 def seeds(evaluations: dict[int, dict]) -> str:
