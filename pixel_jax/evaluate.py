@@ -131,9 +131,11 @@ def policies_of(config) -> dict[str, str]:
   """NAME -> DIR of `config.policies`."""
   parts = [p.rpartition("=") for p in config.policies.split(",")]
   named = {name: init for name, _, init in parts if name}
-  if not named:
+  wrong = [n for n in named if "/" in n or n.startswith(".")]  # they name files
+  if not named or len(named) < len(parts) or wrong:
     raise ConfigError(
-      f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. SFT=runs/sft"
+      f"config.policies={config.policies!r}: give NAME=DIR[,NAME=DIR...], e.g. "
+      "SFT=runs/sft, every NAME once and without /"
     )
   return named
 
@@ -199,9 +201,10 @@ class Player:
     )
     self.host = dict(host=jax.process_index(), hosts=jax.process_count())
     largest = max(config.samples, OPTIONS if "official" in config.protocols else 1)
+    prompts = engine.prompt_rows_of(config.engine.slots, config.samples)
     make = functools.partial(
       settings.call, "engine", engine.Engine, self.policy.config, self.policy.codec,
-      group_size=largest, **config.engine,
+      group_size=largest, prompts=prompts, **config.engine,
     )  # fmt: skip
     shape = self.policy.config, self.policy.codec.tokenizer.digest
     if shape not in fleets:
@@ -211,8 +214,9 @@ class Player:
 
   @functools.cached_property
   def params(self):
-    """The weights where the engines have them; read when something is to be played."""
-    return self.fleet.sync(self.policy.params)
+    """The weights where the engines have them; read when something is to be played, and
+    not kept elsewhere."""
+    return self.fleet.sync(self.policy.read())
 
   def questions(self, benchmark: Benchmark) -> tuple[pipeline.Questions, dict]:
     """This host's questions, and those that were set aside, counted."""

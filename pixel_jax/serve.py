@@ -60,7 +60,7 @@ def open_server(args: argparse.Namespace) -> Server:
   patches = max(4, -(-largest // 4) * 4)
   make = functools.partial(
     settings.call, "engine", Engine, policy.config, codec, group_size=args.samples,
-    slots=args.slots, max_prompt=args.max_prompt,
+    slots=args.slots, prompts=args.slots, max_prompt=args.max_prompt,
     # Requests come one by one: calls of few rows, so that few of them are empty.
     max_len=args.max_prompt + args.max_tokens, prompt_len=512, prompt_rows=2,
     extend_len=min(args.max_tokens, 256), extend_rows=2, patches=patches,
@@ -69,7 +69,7 @@ def open_server(args: argparse.Namespace) -> Server:
   engines = fleet.Fleet(make, policy.config, mesh, shards=mesh.size, tensor=args.tensor)
   services = [
     Service(engine, weights, most=args.queue)
-    for engine, weights in zip(engines.engines, engines.sync(policy.params))
+    for engine, weights in zip(engines.engines, engines.sync(policy.read()))
   ]
   limits = Limits(
     args.max_turns, args.max_new_tokens, args.samples, args.https, args.api_key
@@ -154,13 +154,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     listener = socket.create_server((args.host, args.port), reuse_port=False)
   except OSError as error:
     start.stop(settings.ConfigError(f"{args.host}:{args.port}: {error.strerror}"))
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
-  if not cache:
-    folder = pathlib.Path(
-      os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")
-    )
-    jax.config.update("jax_compilation_cache_dir", str(folder / "pixel_jax"))
-  metrics.count_compiles()
+  home = os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")
+  start.keep_programs(pathlib.Path(home) / "pixel_jax")
   try:
     server = open_server(args)
   except (settings.ConfigError, policies.ConfigError, OSError, ValueError) as error:

@@ -434,6 +434,8 @@ def test_mistakes_are_told_before_anything_is_opened(root, tmp_path):
     ({"data.uri": "world:test"}, "give one of them"),
     ({"protocols": ("oficial",)}, "protocols"),
     ({"policies": ""}, "NAME=DIR"),
+    ({"policies": "A=x,A=y"}, "every NAME once"),
+    ({"policies": "../A=x"}, "without /"),
   ):
     with pytest.raises(ConfigError, match=words):
       play(entry, tmp_path / "x", **few | wrong)

@@ -30,7 +30,9 @@ def policies(evaluation: dict) -> str:
     low, high = (100 * x for x in m["free"]["ci"])
     cells = [f"{100 * m['free']['accuracy']:.1f} [{low:.1f}, {high:.1f}]"]
     cells += [f"{100 * m[mode]['accuracy']:.1f}" for mode in MODES[1:4]]
-    cells += [f"{100 * m[k]['accuracy']:.1f} / {100 * hard(m[k]):.1f}" for k in MODES[4:]]
+    cells += [
+      f"{100 * m[k]['accuracy']:.1f} / {100 * hard(m[k]):.1f}" for k in MODES[4:]
+    ]
     cells += [f"{100 * m['free']['rapr']:.1f}", f"{100 * m['forced']['covered']:.1f}"]
     name = f"**{row['name']}**" if row["name"] == "RL curiosity" else row["name"]
     rows.append(" | ".join([name, *cells]))

@@ -52,6 +52,7 @@ class Engine:
   Args:
     group_size: samples of one task at most; their prompt is stored and read once.
     slots: conversations at once; a multiple of 16 keeps matmuls in full blocks.
+    prompts: groups at once; None = three times those that fill the slots.
     max_prompt: tokens of a prompt at most.
     max_len: tokens of a conversation with the longest prompt; after any prompt there is
       room for max_len - max_prompt.
@@ -79,6 +80,7 @@ class Engine:
     *,
     group_size: PositiveInt = 1,
     slots: PositiveInt,
+    prompts: PositiveInt | None = None,
     max_prompt: PositiveInt,
     max_len: PositiveInt,
     prompt_len: PositiveInt,
@@ -107,7 +109,7 @@ class Engine:
       )
     self.config, self.codec = config, codec
     self.group_size, self.slots, self.patches = group_size, slots, patches
-    self.prompts = prompt_rows_of(slots, group_size)
+    self.prompts = min(prompts or prompt_rows_of(slots, group_size), slots)
     self.max_prompt, self.max_own = max_prompt, max_len - max_prompt
     self.chunk, self.delay, self.lag, self.workers = chunk, delay, lag, workers
     self.views = tuple(

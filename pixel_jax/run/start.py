@@ -177,7 +177,12 @@ def open_workdir(workdir: pathlib.Path, config: ConfigDict) -> None:
   parallel.barrier("config")  # nobody reads what is being written
   if bucket.is_writer(workdir):
     file.write_text(text + "\n")
-  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", lasting.parent / "compiled")
+  keep_programs(lasting.parent / "compiled")
+
+
+def keep_programs(folder: bucket.Folder) -> None:
+  """Caches what is compiled in a folder, or where JAX_COMPILATION_CACHE_DIR says."""
+  cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", folder)
   jax.config.update("jax_compilation_cache_dir", str(cache))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   metrics.count_compiles()  # from here on
