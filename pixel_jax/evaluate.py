@@ -35,6 +35,7 @@ from pixel_jax.evals.hrbench import HRBENCH_4K, HRBENCH_8K
 from pixel_jax.evals.infographicvqa import INFOGRAPHICVQA
 from pixel_jax.evals.mme_realworld import MME_REALWORLD_LITE
 from pixel_jax.evals.mvbench import MVBENCH
+from pixel_jax.evals.notes import Notes, bare
 from pixel_jax.evals.protocol import Protocol
 from pixel_jax.evals.tallyqa import TALLYQA_COMPLEX, TALLYQA_EVALDATA, TALLYQA_SIMPLE
 from pixel_jax.evals.tiny_world import TINY_WORLD
@@ -247,44 +248,40 @@ class Player:
     self, benchmark: Benchmark, how: Protocol, mode: str, known: dict
   ) -> dict[str, dict]:
     """What the policy does in a mode; answers that a killed run left are taken over."""
-    config, folder = self.config, self.workdir / "trajectories"
-    questions, counted = self.questions(benchmark)
+    config, (questions, counted) = self.config, self.questions(benchmark)
     tasks = questions.tasks
     key = self._fingerprint(benchmark, how, mode, tasks)
-    place = (self.name, self.weights, benchmark.name, how.name, mode)
     stem = "_".join((self.name, benchmark.name, how.name, mode))
     lines = self.workdir / "predictions" / f"{stem}.jsonl"
+    place = (self.name, self.weights, benchmark.name, how.name, mode)
     if known.get(place, {}).get("hash") == key and lines.exists():
       return known[place]
     samples = config.samples
-    if mode == "likelihood":
-      samples = max((len(t.reference["options"]) for t in tasks), default=1)
-      samples = int(parallel.agree(samples, "max"))
-    run = f"{stem}.{hashlib.blake2b((key + self.weights).encode()).hexdigest()[:16]}"
-    played = dict(_left(folder, run))
-    wanted = {(t.id, s) for t in tasks for s in range(samples)}
-    played = {k: t for k, t in played.items() if k in wanted}
+    if mode == "likelihood":  # one says each of the options
+      own = max((len(t.reference["options"]) for t in tasks), default=1)
+      samples = int(parallel.agree(own, "max"))
+    order = [(t.id, s) for t in tasks for s in range(samples)]
+    notes = Notes(
+      self.workdir / "trajectories", stem,
+      hashlib.blake2b((key + self.weights).encode()).hexdigest()[:16], **self.host,
+    )  # fmt: skip
+    left = notes.left()
+    played = {each: left[each] for each in order if each in left}
     parallel.barrier("left")  # all have read what others may write to
     todo = [t for t in tasks if any((t.id, s) not in played for s in range(samples))]
-    own = folder / f"{run}.{self.host['host']:03d}.partial"
-    folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(
+    scores = []
+    with notes, tqdm(
       desc=f"{self.name} {benchmark.name} {how.name} {mode}", unit="answer",
-      total=len(wanted), initial=len(played), leave=False, disable=None,
-    )  # fmt: skip
-    right = [0.0, 0]
-    _cut_torn(own)
-    with own.open("a", encoding="utf-8") as f:
+      total=len(order), initial=len(played), leave=False, disable=None,
+    ) as bar:  # fmt: skip
 
       def ended(i: int, t: Trajectory) -> None:
         if mode != "likelihood":
           row = protocol.score(benchmark, how, todo[i], t)
-          score = next(iter(row.scores.values()))
-          t.reward["correct"] = score
-          right[0], right[1] = right[0] + score, right[1] + 1
-          bar.set_postfix(score=f"{right[0] / right[1]:.3f}", refresh=False)
-        f.write(trajectory.to_json(t) + "\n")
-        f.flush()
+          scores.append(next(iter(row.scores.values())))
+          t.reward["correct"] = scores[-1]
+          bar.set_postfix(score=f"{sum(scores) / len(scores):.3f}", refresh=False)
+        notes.add(t)
         played[t.task.id, t.sample] = bare(t)
         bar.update()
 
@@ -294,19 +291,15 @@ class Player:
           codec=self.policy.codec, samples=samples, settings=dict(config.rollout),
           seed=config.seed, load_media=questions.load_media, ended=ended,
         )  # fmt: skip
-    bar.close()
-    ordered = [played[t.id, s] for t in tasks for s in range(samples)]
-    rows = self._rows(benchmark, how, mode, tasks, ordered, samples)
-    self._keep(folder, stem, run, [(t.id, s) for t in tasks for s in range(samples)])
+    rows = self._rows(benchmark, how, mode, tasks, [played[each] for each in order])
+    notes.keep(order, parallel.barrier)
     if self.host["host"] == 0:
       told = [exports.prediction(row, benchmark) for row in rows]
       exports.write_jsonl(lines, told)
       firsts = [row for row in rows if row.trajectory.sample == 0]
       for form in config.exports:
-        ending = "xlsx" if form == "vlmevalkit" else "jsonl"
-        exports.FORMATS[form](
-          self.workdir / "exports" / form / f"{stem}.{ending}", firsts
-        )
+        write, ending = exports.FORMATS[form]
+        write(self.workdir / "exports" / form / f"{stem}.{ending}", firsts)
     parallel.barrier("kept")
     return {"hash": key} | report.summarize(rows, benchmark) | counted
 
@@ -325,44 +318,20 @@ class Player:
       seed=self.config.seed, settings=self.config.rollout.to_dict(),
     )  # fmt: skip
 
-  def _rows(self, benchmark, how, mode, tasks, played, samples) -> list[Row]:
+  def _rows(self, benchmark, how, mode, tasks, played) -> list[Row]:
     """The answers of all hosts, by the questions' ids."""
+    asked = {t.id: t for t in tasks}
     own = [
-      (dataclasses.asdict(t), dataclasses.asdict(x))
-      for t, x in zip([t for t in tasks for _ in range(samples)], played)
+      (dataclasses.asdict(asked[t.task.id]), dataclasses.asdict(t)) for t in played
     ]
-    if self.host["hosts"] > 1:
-      own = [pair for part in parallel.gather_json(own) for pair in part]
-    both = [(_task(t), trajectory.from_dict(x)) for t, x in own]
+    hosts = parallel.gather_json(own) if self.host["hosts"] > 1 else [own]
+    both = [(_task(t), trajectory.from_dict(x)) for part in hosts for t, x in part]
     both.sort(key=lambda pair: (pair[0].id, pair[1].sample))
     if mode != "likelihood":
       return [protocol.score(benchmark, how, t, x) for t, x in both]
     groups = itertools.groupby(both, key=lambda pair: pair[0].id)
     said = [[*group] for _, group in groups]
     return [protocol.likeliest(g[0][0], [x for _, x in g]) for g in said]
-
-  def _keep(self, folder, stem: str, run: str, order: Sequence[tuple]) -> None:
-    """The trajectories as one file a host, in order; what they were noted in goes."""
-    parallel.barrier("noted")
-    own = folder / trajectory.host_file(stem, **self.host)
-    places = {}
-    files = sorted(folder.glob(f"{_literal(run)}.*.partial"))
-    with own.with_suffix(".tmp").open("wb") as out:
-      for file in files:
-        for at, length, t in _lines(file):
-          places[t.task.id, t.sample] = (file, at, length)
-      for each in order:
-        file, at, length = places[each]
-        with file.open("rb") as f:
-          f.seek(at)
-          out.write(f.read(length))
-    parallel.barrier("copied")
-    if self.host["host"] == 0:
-      olds = [*folder.glob(f"{_literal(stem)}.*jsonl")]
-      for old in [*olds, *folder.glob(f"{_literal(stem)}.*.partial")]:
-        old.unlink()  # of another number of hosts, or of other settings
-    parallel.barrier("gone")
-    own.with_suffix(".tmp").replace(own)
 
 
 class _Watched:
@@ -382,47 +351,8 @@ class _Watched:
     return self._source[i]
 
 
-def bare(t: Trajectory) -> Trajectory:
-  """A trajectory without the ids of its prompt, which scores do not need."""
-  own = [i for i, sampled in enumerate(t.sampled) if sampled]
-  return dataclasses.replace(
-    t, ids=[], sampled=[True] * len(own), weight=[], logp=[t.logp[i] for i in own],
-    position=[], slots=[],
-  )  # fmt: skip
-
-
 def _task(fields: dict) -> Task:
   return Task(**fields | {"media": [trajectory.Media(**m) for m in fields["media"]]})
-
-
-def _left(folder, run: str) -> Iterator[tuple[tuple[str, int], Trajectory]]:
-  """The answers that killed runs of the same kind left, of any number of hosts."""
-  for file in sorted(folder.glob(f"{_literal(run)}.*.partial")):
-    for _, _, t in _lines(file):
-      yield (t.task.id, t.sample), bare(t)
-
-
-def _lines(file) -> Iterator[tuple[int, int, Trajectory]]:
-  """(offset, length, what it says) of the whole lines; a kill may cut the last."""
-  at = 0
-  with file.open("rb") as f:
-    for line in f:
-      if line.endswith(b"\n"):
-        yield at, len(line), trajectory.from_json(line.decode())
-      at += len(line)
-
-
-def _cut_torn(file) -> None:
-  """Takes off a last line that a kill has cut, so that the next does not join it."""
-  if file.exists():
-    whole = max((at + length for at, length, _ in _lines(file)), default=0)
-    with file.open("r+b") as f:
-      f.truncate(whole)
-
-
-def _literal(name: str) -> str:
-  """A name as `glob` takes it, which has meanings for [ and others."""
-  return "".join(f"[{c}]" if c in "[]*?" else c for c in name)
 
 
 # ---- Pairs ---------------------------------------------------------------------------

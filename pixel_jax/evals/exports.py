@@ -108,4 +108,5 @@ def _cell(sheet, value: Any) -> Any:
   return cell
 
 
-FORMATS = {"vlmevalkit": vlmevalkit, "lmms_eval": lmms_eval}
+# How each is written, and what its files end with.
+FORMATS = {"vlmevalkit": (vlmevalkit, "xlsx"), "lmms_eval": (lmms_eval, "jsonl")}

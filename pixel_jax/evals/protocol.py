@@ -270,6 +270,7 @@ def play(
 
   Args:
     tasks: as the benchmark has them.
+    samples: with "likelihood" as many as there are options at most.
     ended: called with the place of its task and every trajectory, as they end.
     settings: of sampling, as the config has them.
     rollout: seed and load_media of `Engine.run`.
@@ -284,11 +285,9 @@ def play(
   script, decoding = None, protocol.decode(benchmark, dict(settings))
   if mode == "likelihood":
     asked = [dataclasses.replace(t, question=q.question) for t, q in zip(asked, tasks)]
-    options = [[*task.reference["options"].values()] for task in tasks]
-    samples = max(map(len, options), default=1)
-    script = _say_options(talk)
-    longest = max(len(talk.tokenizer.encode(o)) for each in options for o in each)
-    decoding["max_new_tokens"] = longest + 1
+    options = [o for task in tasks for o in task.reference["options"].values()]
+    longest = max((len(talk.tokenizer.encode(o)) for o in options), default=0)
+    script, decoding["max_new_tokens"] = _say_options(talk), longest + 1
   elif protocol is OFFICIAL and benchmark.opening:
     begin = talk.tokenizer.encode(benchmark.opening)
     script = lambda task, sample: [begin]  # noqa: E731
