@@ -152,14 +152,16 @@ def main(argv: Sequence[str] | None = None) -> None:
   begun = time.monotonic()
   try:
     listener = socket.create_server((args.host, args.port), reuse_port=False)
-  except OSError as error:
-    start.stop(settings.ConfigError(f"{args.host}:{args.port}: {error.strerror}"))
+  except (OSError, OverflowError) as error:
+    told = getattr(error, "strerror", None) or error
+    start.stop(settings.ConfigError(f"--host={args.host} --port={args.port}: {told}"))
   home = os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache")
   start.keep_programs(pathlib.Path(home) / "pixel_jax")
   try:
     server = open_server(args)
-  except (settings.ConfigError, policies.ConfigError, OSError, ValueError) as error:
-    start.stop(error)
+  except (OSError, ValueError) as error:  # ConfigError is one
+    told = str(settings.innermost(error)).replace("config.init: ", "--checkpoint: ")
+    start.stop(settings.ConfigError(told))
   metrics.say(
     f"compiling what {len(server.services)} engines of {args.slots} slots run"
   )

@@ -74,7 +74,7 @@ def test_every_question_is_read_and_its_picture_is_found(name, root, codec):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_without_it_says_what_must_lie_there(name, tmp_path, codec):
-  with pytest.raises(records.SourceError, match=f"{name}: .* holds .* of "):
+  with pytest.raises(records.SourceError, match=f"{name}: .* must hold .* of "):
     opened(name, tmp_path, codec)
 
 

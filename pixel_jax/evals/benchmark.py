@@ -122,8 +122,8 @@ def open_benchmark(benchmark: Benchmark, root: str, codec: Any) -> Questions:
   except (SourceError, OSError, KeyError, ValueError, TypeError) as error:
     what = f"no {error}" if isinstance(error, KeyError) else str(error)
     raise SourceError(
-      f"{benchmark.name}: {what}.  {pathlib.Path(root or '.').resolve() / folder} holds "
-      f"{benchmark.files}; data.root names the folder above, or itself"
+      f"{benchmark.name}: {what}.  {pathlib.Path(root or '.').resolve() / folder} must "
+      f"hold {benchmark.files}; data.root names it, or the folder above"
     ) from error
   return Questions(distinct(tasks), library.load, codec)
 
