@@ -39,6 +39,13 @@ def policies(evaluation: dict) -> str:
   return table(rows)
 
 
+def shown(mode: dict) -> dict:
+  """What of a mode's figures the tables show."""
+  by = {k: {"accuracy": v["accuracy"], "n": v["n"]} for k, v in mode["by"].items()}
+  names = ("hash", "n", "accuracy", "ci", "rapr", "covered", "covered_ci")
+  return {k: mode[k] for k in names if k in mode} | {"by": by}
+
+
 def hard(mode: dict) -> float:
   """Accuracy on scenes whose letter the first view does not show."""
   parts = [mode["by"][kind] for kind in HARD]
@@ -127,9 +134,10 @@ def main() -> None:
     for folder in sorted(args.trap.glob("seed_*")):
       found = json.loads((folder / "eval" / "evaluation.json").read_text())
       rows = [
-        {"name": row["name"], "modes": row["modes"]} for row in found["rows"]
+        {"name": row["name"], "modes": {k: shown(m) for k, m in row["modes"].items()}}
+        for row in found["rows"]
       ]  # the policies' folders are those of one machine
-      kept = {**found, "rows": rows}
+      kept = {**found, "rows": rows, "pairs": []}
       (RESULTS / f"{folder.name}.json").write_text(json.dumps(kept, indent=1) + "\n")
     shutil.copy(args.trap / "trap.svg", ROOT / "docs" / "trap.svg")
   if args.local:
