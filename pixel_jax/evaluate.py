@@ -86,12 +86,11 @@ def main(config, workdir):
       result["rows"].append(row)
       for mode in modes:
         row["modes"][mode] = player.play(benchmark, how, mode, known)
-        if jax.process_index() == 0:
-          result["pairs"] = pairs(workdir, result["rows"])
-          partial = file.with_suffix(".partial")  # a kill leaves the rows before
-          partial.write_text(json.dumps(result, indent=1))
-          partial.replace(file)
+        write(file, result)  # a kill leaves what was played
         bucket.sync(workdir)
+      if jax.process_index() == 0:
+        result["pairs"] += pairs(workdir, row, result["rows"][:-1])
+      write(file, result)
       metrics.say(report.table([row]))
       for mode, other in incomparable(result["rows"], row):
         logging.warning(
@@ -103,6 +102,13 @@ def main(config, workdir):
   metrics.say(
     f"in {bucket.behind(workdir)}: evaluation.json, predictions/, trajectories/"
   )
+
+
+def write(file, result: dict) -> None:
+  if jax.process_index() == 0:
+    partial = file.with_suffix(".partial")
+    partial.write_text(json.dumps(result, indent=1))
+    partial.replace(file)
 
 
 class Fields(TypedDict):
@@ -321,11 +327,11 @@ class Player:
   def _rows(self, benchmark, how, mode, tasks, played) -> list[Row]:
     """The answers of all hosts, by the questions' ids."""
     asked = {t.id: t for t in tasks}
-    own = [
-      (dataclasses.asdict(asked[t.task.id]), dataclasses.asdict(t)) for t in played
-    ]
-    hosts = parallel.gather_json(own) if self.host["hosts"] > 1 else [own]
-    both = [(_task(t), trajectory.from_dict(x)) for part in hosts for t, x in part]
+    both = [(asked[t.task.id], t) for t in played]
+    if self.host["hosts"] > 1:
+      told = [[dataclasses.asdict(x) for x in pair] for pair in both]
+      hosts = parallel.gather_json(told)
+      both = [(_task(t), trajectory.from_dict(x)) for part in hosts for t, x in part]
     both.sort(key=lambda pair: (pair[0].id, pair[1].sample))
     if mode != "likelihood":
       return [protocol.score(benchmark, how, t, x) for t, x in both]
@@ -367,26 +373,24 @@ def incomparable(rows: Sequence[dict], row: dict) -> Iterator[tuple[str, str]]:
           yield mode, other["name"]
 
 
-def pairs(workdir, rows: Sequence[dict]) -> list[dict]:
-  """What looking is worth to each policy, and each policy beside the first one.
+def pairs(workdir, row: dict, earlier: Sequence[dict]) -> list[dict]:
+  """What looking is worth to a policy, and the policy beside the first one.
 
-  Of "free" over "forbidden" `only_first` is the gain of the tools, `only_second` their
-  harm.
+  Of "free" over "forbidden" or over "text" `only_first` is the gain of the tools,
+  `only_second` their harm.
   """
-  out = []
-  for row in rows:
-    own = [r for r in rows if r["name"] == row["name"]]
-    text = [r for r in own if r["protocol"] == "text"]
-    if row["protocol"] == "pixel":
-      against = [(row, m) for m in row["modes"] if m != "free"]
-      same = [r for r in text if r["benchmark"] == row["benchmark"]]
-      against += [(r, "free") for r in same if "free" in r["modes"]]
-      out += [_pair(workdir, (row, "free"), other) for other in against]
-    others = [r for r in rows if r["name"] != row["name"]]
-    first = next((r for r in others if _asked_alike(r, row)), None)
-    if first is not None and rows.index(first) < rows.index(row):
-      out += [_pair(workdir, (row, m), (first, m)) for m in ("free",)]
-  return [pair for pair in out if pair]
+  same = [r for r in earlier if r["benchmark"] == row["benchmark"]]
+  own = [r for r in same if r["name"] == row["name"]]
+  asked = []
+  if row["protocol"] == "pixel":
+    asked += [((row, "free"), (row, mode)) for mode in row["modes"] if mode != "free"]
+    asked += [((row, "free"), (r, "free")) for r in own if r["protocol"] == "text"]
+  if row["protocol"] == "text":
+    asked += [((r, "free"), (row, "free")) for r in own if r["protocol"] == "pixel"]
+  first = next((r for r in same if _asked_alike(r, row)), None)
+  if first is not None:
+    asked.append(((row, "free"), (first, "free")))
+  return [pair for a, b in asked if (pair := _pair(workdir, a, b))]
 
 
 def _asked_alike(a: dict, b: dict) -> bool:

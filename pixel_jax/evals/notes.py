@@ -7,6 +7,7 @@ KEY says what the answers depend on, so what a run of other weights or settings 
 taken over.  Any host takes over what any host noted.
 """
 
+import contextlib
 import dataclasses
 import pathlib
 import threading
@@ -33,31 +34,36 @@ class Notes:
     self._folder, self._stem, self._run = folder, stem, f"{stem}.{key}"
     self._host, self._hosts = host, hosts
     self._lock = threading.Lock()  # engines play in threads
+    # Where each answer stands: file, offset, length.
+    self._places: dict[Place, tuple[pathlib.Path, int, int]] = {}
     folder.mkdir(parents=True, exist_ok=True)
 
   def left(self) -> dict[Place, Trajectory]:
     """The answers that were noted before, by whichever host, as `bare` ones."""
-    return {
-      (t.task.id, t.sample): bare(t)
-      for file in self._files()
-      for _, _, t in lines(file)
-    }
+    found = {}
+    for file in sorted(self._folder.glob(f"{_literal(self._run)}.*.partial")):
+      for at, length, t in lines(file):
+        found[t.task.id, t.sample] = bare(t)
+        self._places[t.task.id, t.sample] = (file, at, length)
+    return found
 
   def __enter__(self) -> "Notes":
-    own = self._folder / f"{self._run}.{self._host:03d}.partial"
-    if own.exists():  # a kill may have cut its last line, which the next must not join
-      whole = max((at + length for at, length, _ in lines(own)), default=0)
-      with own.open("r+b") as f:
+    self._own = self._folder / f"{self._run}.{self._host:03d}.partial"
+    if self._own.exists():  # a kill may have cut its last line; no other joins it
+      whole = max((at + length for at, length, _ in lines(self._own)), default=0)
+      with self._own.open("r+b") as f:
         f.truncate(whole)
-    self._file = own.open("a", encoding="utf-8")
+    self._file = self._own.open("ab")
     return self
 
   def __exit__(self, *error) -> None:
     self._file.close()
 
   def add(self, t: Trajectory) -> None:
+    line = (trajectory.to_json(t) + "\n").encode()
     with self._lock:
-      self._file.write(trajectory.to_json(t) + "\n")
+      self._places[t.task.id, t.sample] = (self._own, self._file.tell(), len(line))
+      self._file.write(line)
       self._file.flush()
 
   def keep(self, order: Sequence[Place], barrier: Callable[[str], None]) -> None:
@@ -65,16 +71,14 @@ class Notes:
     barrier("noted")
     name = trajectory.host_file(self._stem, self._host, self._hosts)
     made = self._folder / f"{name}.tmp"
-    places = {}
-    for file in self._files():
-      for at, length, t in lines(file):
-        places[t.task.id, t.sample] = (file, at, length)
-    with made.open("wb") as out:
+    with contextlib.ExitStack() as stack, made.open("wb") as out:
+      opened = {}
       for each in order:
-        file, at, length = places[each]
-        with file.open("rb") as f:
-          f.seek(at)
-          out.write(f.read(length))
+        file, at, length = self._places[each]
+        if file not in opened:
+          opened[file] = stack.enter_context(file.open("rb"))
+        opened[file].seek(at)
+        out.write(opened[file].read(length))
     barrier("copied")
     if self._host == 0:
       of_stem = f"{_literal(self._stem)}."
@@ -83,9 +87,6 @@ class Notes:
           old.unlink()  # of another number of hosts, or of other settings
     barrier("gone")
     made.replace(self._folder / name)
-
-  def _files(self) -> list[pathlib.Path]:
-    return sorted(self._folder.glob(f"{_literal(self._run)}.*.partial"))
 
 
 def bare(t: Trajectory) -> Trajectory:
