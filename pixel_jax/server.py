@@ -129,6 +129,8 @@ class Server:
       self.counts["rejected"] += 1
       return refused
     try:
+      if all(s.full for s in self.services):
+        raise Busy  # before a body of 64 MB is read
       body = await _body(request)
       asked = await run_in_threadpool(self._parse, body)
       del body

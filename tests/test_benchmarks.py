@@ -347,6 +347,55 @@ def test_all_benchmarks_from_read_to_export(evaluated):
       assert m["n"] == COUNTS[name] and m["set_aside"] == 0
 
 
+def test_what_looking_is_worth_is_told_in_pairs(evaluated):
+  pairs = json.loads((evaluated / "evaluation.json").read_text())["pairs"]
+  told = {(p["first"], p["second"]): p for p in pairs}
+  gain = told["BASE_vstar_pixel_free", "BASE_vstar_text_free"]
+  assert gain["n"] == 4 and 0 <= gain["mcnemar_p"] <= 1
+  low, high = gain["ci"]
+  assert low <= gain["difference"] <= high
+  difference = gain["only_first"] - gain["only_second"]
+  assert gain["difference"] == pytest.approx(difference)
+  assert ("BASE_treebench_pixel_free", "BASE_treebench_pixel_masked") in told
+
+
+def test_policies_that_were_asked_differently_are_named():
+  def row(name, hash, benchmark="vstar"):
+    modes = {"free": {"hash": hash}}
+    return {"name": name, "benchmark": benchmark, "protocol": "pixel", "modes": modes}
+
+  rows = [row("A", "1"), row("B", "2"), row("C", "1"), row("D", "9", "treebench")]
+  assert [*evaluate.incomparable(rows[:2], rows[1])] == [("free", "A")]
+  assert [*evaluate.incomparable(rows, rows[2])] == [("free", "B")]
+  assert [*evaluate.incomparable(rows, rows[3])] == []
+
+
+def test_the_hash_changes_with_what_a_score_depends_on(root, codec):
+  vstar, source = evaluate.BENCHMARKS["vstar"], opened("vstar", root, codec)
+  settings = dict(temperature=0.0, max_new_tokens=32, max_turns=3)
+
+  def of(tasks=source.tasks, codec=codec, bench=vstar, mode="free", **changed):
+    told = protocol.digests(bench, protocol.PIXEL, tasks, codec)
+    parsed = protocol.parser(bench, min(tasks, key=lambda t: t.id))
+    return protocol.fingerprint(
+      bench, protocol.PIXEL, mode, codec, prompts=told, parsed=parsed, samples=1, seed=0,
+      settings=settings | changed,
+    )  # fmt: skip
+
+  turned = dataclasses.replace(source.tasks[0], reference={
+    **source.tasks[0].reference, "options": {"A": "red", "B": "blue"},
+  })  # fmt: skip
+  lenient = dataclasses.replace(vstar, rules={"letter": lambda a, t: 1.0})
+  smaller = {**codec.budgets, "image": (784, 784)}
+  hashes = [
+    of(), of(tasks=[turned, *source.tasks[1:]]), of(tasks=source.tasks[1:]),
+    of(bench=lenient), of(codec=dataclasses.replace(codec, budgets=smaller)),
+    of(mode="masked"), of(temperature=0.5), of(max_turns=2),
+  ]  # fmt: skip
+  assert len(set(hashes)) == len(hashes)
+  assert of(tasks=source.tasks[::-1]) == hashes[0]
+
+
 def test_exports_are_scored_to_the_same_numbers(evaluated):
   result = json.loads((evaluated / "evaluation.json").read_text())
   for row in result["rows"]:

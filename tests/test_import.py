@@ -65,6 +65,8 @@ def test_everything_imported_is_a_declared_dependency():
     "wandb",
     "torch",
     "openai",
+    "starlette",
+    "uvicorn",
   }  # imported where they are used, with a clear error
   names = {"pil": "pillow", "absl": "absl-py", "orbax": "orbax-checkpoint"}
   for file in (ROOT / "pixel_jax").rglob("*.py"):

@@ -497,6 +497,16 @@ def test_text_that_grows():
   assert half.add([0]) == "" and half.add([1]) == "é"
 
 
+def test_pictures_of_a_request_have_a_bound(monkeypatch):
+  monkeypatch.setattr(completions, "MOST_PIXELS", 3 * 252 * 252)
+  body = {"messages": asked(1)}
+  body["messages"][0]["content"] *= 3
+  completions.parse(body, None, 8)
+  body["messages"][0]["content"] += asked(1)[0]["content"]
+  with pytest.raises(completions.RequestError, match="too many pictures"):
+    completions.parse(body, None, 8)
+
+
 def test_pictures_from_the_net_are_of_public_addresses(monkeypatch):
   for host in ("localhost", "127.0.0.1", "169.254.169.254", "[::1]", "10.0.0.1"):
     with pytest.raises(completions.RequestError, match="not a public address"):

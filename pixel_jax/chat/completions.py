@@ -26,6 +26,8 @@ from pixel_jax.trajectory import Media, Task, Trajectory
 
 NO_ANSWER = "(no answer)"  # clients take an empty content for an error
 MOST_PICTURES = 256
+# Of all pictures of a request, 3 bytes each: four of 8K.  A small PNG may hold that many.
+MOST_PIXELS = 128 << 20
 # Fields that would change what is sampled and that we do not have, and their neutral value.
 WITHOUT = {
   "tools": None, "functions": None, "tool_choice": "none", "logit_bias": None,
@@ -142,7 +144,7 @@ ROLES |= {"assistant": "assistant"}
 def _messages(given: Any, fetch, num_frames: int) -> tuple[list[dict], list]:
   if not isinstance(given, list) or not given:
     raise RequestError("messages is a list of at least one", field="messages")
-  messages, pictures = [], []
+  messages, pictures, room = [], [], MOST_PIXELS
   for i, message in enumerate(given):
     message = message if isinstance(message, dict) else {}
     role = ROLES.get(str(message.get("role")))
@@ -164,14 +166,24 @@ def _messages(given: Any, fetch, num_frames: int) -> tuple[list[dict], list]:
         if role != "user":
           raise RequestError(f"messages[{i}]: only the user shows pictures")
         pictures.append(picture)
+        room -= _pixels(picture)
+        if room < 0 or len(pictures) > MOST_PICTURES:
+          raise RequestError(
+            f"too many pictures: allowed are {MOST_PICTURES} of {MOST_PIXELS} pixels in "
+            "all; send smaller ones",
+            field="messages",
+          )
     messages.append({"role": role, "content": parts})
   if any(m["role"] == "system" for m in messages[1:]):
     raise RequestError("a message of the system comes first", field="messages")
   if messages[-1]["role"] != "user":
     raise RequestError("the last message is the user's", field="messages")
-  if len(pictures) > MOST_PICTURES:
-    raise RequestError(f"{len(pictures)} pictures; allowed are {MOST_PICTURES}")
   return messages, pictures
+
+
+def _pixels(picture: Image.Image | video.Video) -> int:
+  frames = picture.frames if isinstance(picture, video.Video) else [picture]
+  return sum(frame.width * frame.height for frame in frames)
 
 
 def _item(item: Any, place: str, fetch, num_frames: int) -> tuple[dict, Any]:

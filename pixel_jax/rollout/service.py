@@ -60,12 +60,16 @@ class Service:
     return len(self._inbox) + len(self._jobs)
 
   @property
+  def full(self) -> bool:
+    return self.load >= self._most
+
+  @property
   def alive(self) -> bool:
     return self._thread.is_alive()
 
   def submit(self, group: Group) -> int:
     with self._wake:
-      if self.load >= self._most:
+      if self.full:
         raise Busy
       job = Job(group, next(self._numbers), time.monotonic())
       self._inbox.append(job)
