@@ -213,7 +213,7 @@ def breakdown(rows: list[dict]) -> str:
           if stats[1] is not None
           else '<td class="none">–</td>'
         )
-        + "</tr>"
+        + f"<td><small>{escape(mode.get('hash', '–'))}</small></td></tr>"
       )
   if not lines:
     return ""
@@ -225,6 +225,7 @@ def breakdown(rows: list[dict]) -> str:
       *kinds,
       "operations a rollout",
       "errors, % of operations",
+      "asked as",
     )
   )
   return f"""<details class="more"><summary>By kind of question</summary>
