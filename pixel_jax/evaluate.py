@@ -218,6 +218,7 @@ class Player:
       fleets[shape] = fleet.Fleet(make, self.policy.config, mesh, shards=mesh.size)
     self.fleet = fleets[shape]
     self._asked: dict[str, tuple] = {}
+    self._told: dict[tuple[str, str], tuple] = {}  # prompts and parser, for all modes
 
   @functools.cached_property
   def params(self):
@@ -304,12 +305,24 @@ class Player:
       exports.write_jsonl(lines, told)
       firsts = [row for row in rows if row.trajectory.sample == 0]
       for form in config.exports:
-        write, ending = exports.FORMATS[form]
-        write(self.workdir / "exports" / form / f"{stem}.{ending}", firsts)
+        export, ending = exports.FORMATS[form]
+        export(self.workdir / "exports" / form / f"{stem}.{ending}", firsts)
     parallel.barrier("kept")
     return {"hash": key} | report.summarize(rows, benchmark) | counted
 
   def _fingerprint(self, benchmark, how, mode, tasks: list[Task]) -> str:
+    asked = (benchmark.name, how.name)
+    if asked not in self._told:
+      self._told[asked] = self._tell(benchmark, how, tasks)
+    told, parsed = self._told[asked]
+    return protocol.fingerprint(
+      benchmark, how, mode, self.policy.codec, prompts=told, parsed=parsed,
+      samples=self.config.samples, seed=self.config.seed,
+      settings=self.config.rollout.to_dict(),
+    )  # fmt: skip
+
+  def _tell(self, benchmark, how, tasks: list[Task]) -> tuple[dict, list]:
+    """The digests of the questions of all hosts, and the parser at the first of them."""
     codec = self.policy.codec
     first = min(tasks, key=lambda t: t.id, default=None)
     own = {
@@ -319,10 +332,7 @@ class Player:
     hosts = parallel.gather_json(own)
     told = {i: digest for each in hosts for i, digest in each["told"].items()}
     _, parsed = min(each["first"] for each in hosts if each["first"])
-    return protocol.fingerprint(
-      benchmark, how, mode, codec, prompts=told, parsed=parsed, samples=self.config.samples,
-      seed=self.config.seed, settings=self.config.rollout.to_dict(),
-    )  # fmt: skip
+    return told, parsed
 
   def _rows(self, benchmark, how, mode, tasks, played) -> list[Row]:
     """The answers of all hosts, by the questions' ids."""

@@ -125,12 +125,17 @@ def host_file(stem: str, host: int, hosts: int) -> str:
 
 
 def write_jsonl(path: str | pathlib.Path, trajectories: Iterable[Trajectory]) -> None:
+  """`write_lines` of trajectories."""
+  write_lines(path, map(to_json, trajectories))
+
+
+def write_lines(path: str | pathlib.Path, lines: Iterable[str]) -> None:
   """Writes the whole file or nothing (a killed run leaves no half line behind)."""
   path = pathlib.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.with_name(path.name + ".partial")
   with partial.open("w", encoding="utf-8") as f:
-    f.writelines(to_json(t) + "\n" for t in trajectories)
+    f.writelines(line + "\n" for line in lines)
   partial.replace(path)
 
 

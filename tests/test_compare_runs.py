@@ -107,8 +107,8 @@ def test_runs_that_were_asked_differently_are_not_comparable(tmp_path):
     row = {"name": "m", "benchmark": "vstar", "protocol": "pixel", "modes": modes}
     (tmp_path / name / "evaluation.json").write_text(json.dumps({"rows": [row]}))
   a, b = (compare.read(tmp_path / n) for n in "ab")
-  assert "NOT COMPARABLE" in compare.table(a, b)
-  assert "NOT COMPARABLE" not in compare.table(a, a)
+  assert "NOT COMPARABLE" in compare.table(a, b, [], compare.items(a, b))
+  assert "NOT COMPARABLE" not in compare.table(a, a, [], compare.items(a, a))
 
 
 @pytest.mark.parametrize("args", [["nowhere", "x"], ["a"], ["a", "b", "c"]])

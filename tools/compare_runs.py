@@ -276,10 +276,10 @@ def disagreements(a: Run, b: Run, pair: dict) -> list[tuple[dict, dict]]:
 # ---- Tell ----------------------------------------------------------------------------
 
 
-def table(a: Run, b: Run, named: str = "") -> str:
-  """Both comparisons as aligned text."""
+def table(a: Run, b: Run, rows: Sequence[dict], pairs: Sequence[dict]) -> str:
+  """`curves` and `items` as aligned text."""
   lines = [f"{'metric':<32} {a.name:>14} {b.name:>14} {'largest gap':>12}  steps"]
-  for row in curves(a, b):
+  for row in rows:
     x, y = row["tail"]
     gap = row["largest_gap"]
     lines.append(
@@ -287,7 +287,7 @@ def table(a: Run, b: Run, named: str = "") -> str:
     )
   if len(lines) == 1:
     lines = ["no metric is in both"] if a.metrics and b.metrics else []
-  for row in items(a, b, named):
+  for row in pairs:
     if not row["n"]:
       lines.append(f"{row['first']} / {row['second']}: no question is in both")
       continue
@@ -305,25 +305,24 @@ def table(a: Run, b: Run, named: str = "") -> str:
 MOST_SHOWN = 200  # disagreements on the page
 
 
-def html_page(a: Run, b: Run, named: str = "") -> str:
+def html_page(a: Run, b: Run, rows: Sequence[dict], pairs: Sequence[dict]) -> str:
   """One page without a network: curves over each other, answers that differ."""
   drawn = "".join(
     charts.chart(
       row["metric"], row["metric"],
       [charts.line_of(r.name, r.metrics, row["metric"], i) for i, r in enumerate((a, b))],
     )
-    for row in curves(a, b)
+    for row in rows
   )  # fmt: skip
   parts = [f'<h2>Curves</h2><div class="charts">{drawn}</div>'] if drawn else []
-  for row in items(a, b, named):
-    parts.append(_items_html(a, b, row))
+  parts += [_items_html(a, b, row) for row in pairs]
   title = html.escape(f"{a.name} and {b.name}")
   return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{title}</title><link rel="icon" href="data:,"><style>{page.STYLE}</style></head>
 <body><main><h1>{title}</h1>
-<pre class="wide">{html.escape(table(a, b, named))}</pre>
+<pre class="wide">{html.escape(table(a, b, rows, pairs))}</pre>
 {"".join(parts)}
 <footer>pixel_jax: Pixel Reasoner in JAX. This file needs no network.</footer></main>
 <script type="application/json" id="pictures">{{}}</script>
@@ -373,11 +372,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     a, b = map(read, paths)
     if a.name == b.name:
       a.name, b.name = (f"{p.parent.name}/{p.name}" for p in paths)
-    text = table(a, b, args.items)
-    args.out.write_text(html_page(a, b, args.items), encoding="utf-8")
+    rows, pairs = curves(a, b), items(a, b, args.items)
+    args.out.write_text(html_page(a, b, rows, pairs), encoding="utf-8")
   except (ValueError, OSError) as error:
     parser.error(str(error))
-  print(text)
+  print(table(a, b, rows, pairs))
   print(f"page: {args.out.resolve()}")
 
 

@@ -16,9 +16,10 @@ import re
 import shutil
 import tomllib
 
+from pixel_jax.view.table import MODES
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "docs" / "results"
-MODES = ("free", "forbidden", "forced", "swapped", "blank", "masked")
 HARD = ("image/hard", "video/hard")
 
 

@@ -17,10 +17,10 @@ import sys
 import time
 
 from pixel_jax.view import charts
+from pixel_jax.view.table import MODES
 
 BASE = "tiny_base"  # start.find
 ARMS = {"curiosity": 0.5, "alpha = 0": 0.0}
-MODES = ("free", "forbidden", "forced", "swapped", "blank", "masked")
 
 
 def begin(module: str, config: str, workdir: pathlib.Path, *overrides: str):

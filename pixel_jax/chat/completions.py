@@ -137,8 +137,9 @@ def _whole(x: Any, field: str, low: int) -> int:
 
 # ---- Messages ------------------------------------------------------------------------
 
-ROLES = {"system": "system", "developer": "system", "user": "user"}
-ROLES |= {"assistant": "assistant"}
+ROLES = {
+  "system": "system", "developer": "system", "user": "user", "assistant": "assistant",
+}  # fmt: skip
 
 
 def _messages(given: Any, fetch, num_frames: int) -> tuple[list[dict], list]:
@@ -278,7 +279,8 @@ def choice(
   Args:
     cut: the text up to a stop of the request, where it came to one.
   """
-  own = [(i, p) for i, p, s in _columns(trajectory) if s]
+  t = trajectory
+  own = [(i, p) for i, p, sampled in zip(t.ids, t.logp, t.sampled) if sampled]
   words, text = codec.tokenizer, trajectory.turns[-1]["text"]
   finish = "stop" if trajectory.stop == "answer" or cut is not None else "length"
   if not codec.tools:
@@ -292,10 +294,6 @@ def choice(
     if len(ids) > request.max_tokens:
       content, finish = words.decode(ids[: request.max_tokens]), "length"
   return Choice(content or NO_ANSWER, reasoning(trajectory.turns), finish, [], len(own))
-
-
-def _columns(t: Trajectory):
-  return zip(t.ids, t.logp, t.sampled)
 
 
 def reasoning(turns: Sequence[Mapping[str, str]]) -> str:
@@ -397,7 +395,7 @@ class Text:
     if found:
       self.stopped = text[: min(found)]
       return self._new(len(self.stopped), self.stopped)
-    end = len(text) - (len(text) - len(text.rstrip("\ufffd")))
+    end = len(text.rstrip("\ufffd"))
     for stop in self._stops:
       for n in range(min(len(stop) - 1, end), 0, -1):
         if text.endswith(stop[:n], 0, end):

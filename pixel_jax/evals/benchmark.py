@@ -21,6 +21,7 @@ from pixel_jax import answers
 from pixel_jax.chat import template
 from pixel_jax.data import media, records, sources
 from pixel_jax.data.records import Records, SourceError
+from pixel_jax.evals import rules
 from pixel_jax.trajectory import OpCall, Task, Trajectory
 
 Rule = Callable[[str, Task], float]  # (the answer, the question) -> 0 to 1
@@ -52,6 +53,17 @@ class Row:
 def judge(answer: str, task: Task) -> float:
   """`answers.judge`, the rule that trains: text, letter or number, as a whole."""
   return answers.judge(f"\\boxed{{{answer}}}", task.answer)
+
+
+def pixel_reasoner(answer: str, task: Task) -> float:
+  """The released rule of Pixel Reasoner, which looks for a box."""
+  return rules.pixel_reasoner(f"\\boxed{{{answer}}}", task.answer)
+
+
+def with_options(task: Task) -> str:
+  """The question, and a line for each of its options."""
+  options = task.reference.get("options", {})
+  return task.question + "".join(f"\n({k}) {v}" for k, v in options.items())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Predictions as files: ours, and those that other harnesses score again.
 
   predictions/STEM.jsonl              a line for every answer, with all of its scores
-  exports/vlmevalkit/NAME_SET.xlsx    for `run.py --mode eval --reuse`
-  exports/lmms_eval/samples_TASK.jsonl    as `--log_samples` writes them
+  exports/vlmevalkit/STEM.xlsx        for `run.py --mode eval --reuse`
+  exports/lmms_eval/STEM.jsonl        as `--log_samples` writes them
 
 The prediction is what our rules were given, so that theirs return the same.
 """
@@ -14,6 +14,7 @@ from typing import Any
 
 import openpyxl
 
+from pixel_jax import trajectory
 from pixel_jax.evals import report
 from pixel_jax.evals.benchmark import Benchmark, Row
 
@@ -44,11 +45,7 @@ def prediction(row: Row, benchmark: Benchmark) -> dict[str, Any]:
 
 def write_jsonl(path: pathlib.Path, lines: Sequence[dict]) -> None:
   """Writes the whole file or nothing."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  partial = path.with_name(path.name + ".partial")
-  with partial.open("w", encoding="utf-8") as f:
-    f.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-  partial.replace(path)
+  trajectory.write_lines(path, (json.dumps(x, ensure_ascii=False) for x in lines))
 
 
 def vlmevalkit(path: pathlib.Path, rows: Sequence[Row]) -> None:

@@ -14,7 +14,12 @@ import pathlib
 from pixel_jax.data.media import Library
 from pixel_jax.data.records import SourceError
 from pixel_jax.evals import rules
-from pixel_jax.evals.benchmark import Benchmark, open_first, without_pictures
+from pixel_jax.evals.benchmark import (
+  Benchmark,
+  open_first,
+  pixel_reasoner,
+  without_pictures,
+)
 from pixel_jax.trajectory import Media, Task
 
 OFFICIAL = "infographicsVQA_val*.json"
@@ -64,10 +69,6 @@ def _task(name, row: dict, answers, picture: str) -> Task:
   return Task(str(name), str(row["question"]), golds, media, reference=reference)
 
 
-def exact(answer: str, task: Task) -> float:
-  return rules.pixel_reasoner(f"\\boxed{{{answer}}}", task.answer)
-
-
 INFOGRAPHICVQA = Benchmark(
   name="infographicvqa",
   read=read,
@@ -81,6 +82,6 @@ INFOGRAPHICVQA = Benchmark(
   tokens=32,
   rules={
     "anls": lambda answer, task: rules.anls(answer, task.answer),
-    "pixel_reasoner": exact,
+    "pixel_reasoner": pixel_reasoner,
   },
 )

@@ -50,9 +50,8 @@ class Notes:
   def __enter__(self) -> "Notes":
     self._own = self._folder / f"{self._run}.{self._host:03d}.partial"
     if self._own.exists():  # a kill may have cut its last line; no other joins it
-      whole = max((at + length for at, length, _ in lines(self._own)), default=0)
       with self._own.open("r+b") as f:
-        f.truncate(whole)
+        f.truncate(f.read().rfind(b"\n") + 1)
     self._file = self._own.open("ab")
     return self
 

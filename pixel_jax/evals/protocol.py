@@ -31,7 +31,7 @@ from typing import Any
 from pixel_jax import answers
 from pixel_jax.chat import encode, template
 from pixel_jax.data import media
-from pixel_jax.evals.benchmark import Benchmark, Row
+from pixel_jax.evals.benchmark import Benchmark, Row, with_options
 from pixel_jax.trajectory import Task, Trajectory
 
 
@@ -53,11 +53,6 @@ class Protocol:
   decode: Callable[[Benchmark, dict[str, Any]], dict[str, Any]]
   answer: Callable[[Trajectory], str]
   modes: tuple[str, ...]
-
-
-def _choice(benchmark: Benchmark, task: Task) -> str:
-  options = task.reference.get("options", {})
-  return task.question + "".join(f"\n({k}) {v}" for k, v in options.items())
 
 
 def _boxed(trajectory: Trajectory) -> str:
@@ -98,7 +93,7 @@ OFFICIAL = Protocol(
 )
 PIXEL = Protocol(
   "pixel",
-  ask=_choice,
+  ask=lambda benchmark, task: with_options(task),
   talk=lambda benchmark, codec: codec,
   decode=lambda benchmark, settings: settings,
   answer=_boxed,
@@ -106,7 +101,7 @@ PIXEL = Protocol(
 )
 TEXT = Protocol(
   "text",
-  ask=_choice,
+  ask=lambda benchmark, task: with_options(task),
   talk=lambda benchmark, codec: dataclasses.replace(codec, tools=False),
   decode=lambda benchmark, settings: settings,
   answer=_boxed,

@@ -14,7 +14,13 @@ from typing import Any
 from pixel_jax.data import formats
 from pixel_jax.data.media import Library
 from pixel_jax.evals import rules
-from pixel_jax.evals.benchmark import Benchmark, Row, open_first, without_pictures
+from pixel_jax.evals.benchmark import (
+  Benchmark,
+  Row,
+  open_first,
+  pixel_reasoner,
+  without_pictures,
+)
 from pixel_jax.trajectory import Media, Task
 
 
@@ -56,10 +62,6 @@ def exact(answer: str, task: Task) -> float:
   return float(any(rules.tallyqa_vlmevalkit(answer) == int(g) for g in golds))
 
 
-def released(answer: str, task: Task) -> float:
-  return rules.pixel_reasoner(f"\\boxed{{{answer}}}", task.answer)
-
-
 def figures(rows: Sequence[Row]) -> dict[str, Any]:
   """The root mean square error that the paper has beside accuracy; answers that are no
   count are left out, and counted."""
@@ -80,7 +82,7 @@ def _of(part: str, read, files: str) -> Benchmark:
     files=files,
     ask=lambda task: task.question + "\nAnswer the question using a single number.",
     tokens=16,
-    rules={"exact": exact, "pixel_reasoner": released},
+    rules={"exact": exact, "pixel_reasoner": pixel_reasoner},
     figures=figures,
   )
 

@@ -22,6 +22,7 @@ from pixel_jax.evals.benchmark import (
   covers_boxes,
   letter_rule,
   relative,
+  with_options,
 )
 from pixel_jax.trajectory import Media, Task
 
@@ -72,11 +73,6 @@ def _task(root, folder, kind, file, shuffled) -> Task:
   return Task(name, about["question"], answer, media, reference=reference)
 
 
-def ask(task: Task) -> str:
-  options = task.reference["options"]
-  return task.question + "".join(f"\n({k}) {v}" for k, v in options.items()) + TAIL
-
-
 VSTAR = Benchmark(
   name="vstar",
   read=read,
@@ -84,7 +80,7 @@ VSTAR = Benchmark(
     "direct_attributes/, relative_position/ and test_questions.jsonl of "
     "huggingface.co/datasets/craigwu/vstar_bench"
   ),
-  ask=ask,
+  ask=lambda task: with_options(task) + TAIL,
   tokens=16,
   rules={
     "letter": letter_rule(rules.mcq_letter_vlmevalkit),

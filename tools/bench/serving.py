@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 import jax
 import uvicorn
 
-from pixel_jax.chat import completions, encode
+from pixel_jax.chat import completions, encode, template
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.pixels import image
 from pixel_jax.rollout.engine import Engine
@@ -133,7 +133,7 @@ def alone(engine, params, codec, bodies) -> Callable[[], tuple[float, list[str]]
   ]
   pictures = {f"bench:{i}": base64.b64decode(u[22:]) for i, u in enumerate(urls)}
   # As the server builds its prompts: the question alone, without a hint.
-  talk = dataclasses.replace(codec, system="You are a helpful assistant.")
+  talk = dataclasses.replace(codec, system=template.SYSTEM)
   tasks = [
     Task(f"{i}", f"What is in picture {i}?", "", [Media("image", f"bench:{i}")])
     for i in range(len(bodies))
