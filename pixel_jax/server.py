@@ -231,6 +231,8 @@ class Play:
     self._events: asyncio.Queue = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
     self._over = False
+    # With operations stops are of the answer, which stands only at the end.
+    self._stops = () if self.codec.tools else asked.stop
     limits = server.limits
     most = limits.max_new_tokens
     if not self.codec.tools and asked.max_tokens is not None:
@@ -243,7 +245,7 @@ class Play:
       script=[[] for _ in range(asked.n)],
       limits=dict(max_turns=limits.max_turns, max_new_tokens=most),
       ended=functools.partial(self._tell, "ended"),
-      heard=self._heard if asked.stream or asked.stop else None,
+      heard=self._heard if asked.stream or self._stops else None,
       failed=functools.partial(self._tell, "failed"),
     )
     self._service = min(server.services, key=lambda s: s.load)
@@ -297,8 +299,7 @@ class Play:
   async def _follow(self) -> AsyncIterator[tuple[str, int, Any]]:
     """("text", sample, what is new) as it comes, ("choice", sample, Choice) at its end."""
     words, asked, left = self.codec.tokenizer, self.asked, set(range(self.asked.n))
-    stops = () if self.codec.tools else asked.stop
-    texts = [completions.Text(words.decode, stops) for _ in range(asked.n)]
+    texts = [completions.Text(words.decode, self._stops) for _ in range(asked.n)]
     while left:
       kind, *event = await self._events.get()
       if kind == "failed":

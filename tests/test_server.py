@@ -173,6 +173,13 @@ def test_a_stop_ends_the_reply_before_it(plain):
     assert text == whole[: len(whole) // 2]
 
 
+def test_with_operations_a_stop_is_of_the_answer(pixel, alone):
+  index = next(i for i, m in alone.items() if "<tool_call>" in m.reasoning_content)
+  assert ask(pixel, index, stop=["tool_call"]).choices[0].message == alone[index]
+  cut = ask(pixel, index, stop=[alone[index].content]).choices[0].message
+  assert cut.content == completions.NO_ANSWER
+
+
 def test_limits_are_clamped_to_what_fits(plain, pixel):
   long = ask(plain, 1, max_tokens=10**9, temperature=1.5, seed=5)
   assert long.usage.completion_tokens <= 64

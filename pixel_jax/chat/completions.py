@@ -277,18 +277,20 @@ def choice(
   """What a client is told of a trajectory.
 
   Args:
-    cut: the text up to a stop of the request, where it came to one.
+    cut: without operations, the text up to a stop of the request, where it came to one.
   """
   t = trajectory
   own = [(i, p) for i, p, sampled in zip(t.ids, t.logp, t.sampled) if sampled]
   words, text = codec.tokenizer, trajectory.turns[-1]["text"]
-  finish = "stop" if trajectory.stop == "answer" or cut is not None else "length"
+  finish = "stop" if t.stop == "answer" or cut is not None else "length"
   if not codec.tools:
     if cut is not None:
       text = cut
     tokens = [(words.decode([i]), p) for i, p in own if i != words.im_end]
     return Choice(text or NO_ANSWER, None, finish, tokens, len(own))
-  content = cut if cut is not None else answers.extract(text) or NO_ANSWER
+  content = answers.extract(text) or NO_ANSWER
+  for stop in request.stop:  # of what is shown, as the limit below
+    content = content.partition(stop)[0]
   if request.max_tokens is not None:  # the limit is of what is shown
     ids = words.encode(content, control=False)
     if len(ids) > request.max_tokens:
