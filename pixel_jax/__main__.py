@@ -15,6 +15,7 @@ PROGRAMS = {
   "rl": "pixel_jax.train_rl",
   "evaluate": "pixel_jax.evaluate",
   "serve": "pixel_jax.serve",
+  "demo": "pixel_jax.demo",
   "synthesize": "pixel_jax.tools.synthesize",
   "inspect": "pixel_jax.tools.inspect_data",
   "convert": "pixel_jax.tools.convert",
@@ -28,7 +29,7 @@ PROGRAMS = {
 }
 # Packages that some programs need, and the extra that brings them.
 EXTRAS = {
-  "torch": "parity", "gradio": "demo", "openai": "synthesis", "wandb": "wandb",
+  "torch": "parity", "openai": "synthesis", "wandb": "wandb",
   "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 

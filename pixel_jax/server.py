@@ -29,6 +29,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from starlette.routing import Route
 
+from pixel_jax import hosting
 from pixel_jax.chat import completions
 from pixel_jax.chat.completions import RequestError
 from pixel_jax.chat.encode import Codec
@@ -37,8 +38,6 @@ from pixel_jax.rollout.engine import key_of
 from pixel_jax.rollout.service import Busy, Service
 from pixel_jax.rollout.session import Group
 
-MOST_BYTES = 64 << 20  # of a body: a picture of 8K as PNG in base64 has 50 MB
-SLOW = 60.0  # seconds that a client may take between two pieces of its body
 MOST_FETCHED = 32 << 20
 
 
@@ -131,7 +130,7 @@ class Server:
     try:
       if all(s.full for s in self.services):
         raise Busy  # before a body of 64 MB is read
-      body = await _body(request)
+      body = await hosting.read_body(request)
       asked = await run_in_threadpool(self._parse, body)
       del body
       play = Play(self, asked)
@@ -165,7 +164,7 @@ class Server:
   async def _at_once(self, request: Request, play: "Play"):
     """Waits for the reply, and for the client to leave."""
     whole = asyncio.ensure_future(play.whole())
-    gone = asyncio.ensure_future(_left(request))
+    gone = asyncio.ensure_future(hosting.has_left(request))
     try:
       await asyncio.wait({whole, gone}, return_when=asyncio.FIRST_COMPLETED)
       if not whole.done():
@@ -191,27 +190,18 @@ class Server:
       return JSONResponse(error.body(), status_code=error.status)
 
     async def events() -> AsyncIterator[str]:
-      gone, over = asyncio.ensure_future(_left(request)), False
-      one = asyncio.ensure_future(anext(pieces, None))
       try:
         yield f"data: {json.dumps(head)}\n\n"
-        while not over:
-          await asyncio.wait({one, gone}, return_when=asyncio.FIRST_COMPLETED)
-          if not one.done():
-            return
-          over = one.result() is None
-          if not over:
-            yield f"data: {json.dumps(one.result())}\n\n"
-            one = asyncio.ensure_future(anext(pieces, None))
+        async for one in hosting.while_there(request, pieces):
+          yield f"data: {json.dumps(one)}\n\n"
+        if not play.over:
+          return
       except RequestError as error:
-        over = True
         self._count(error)
         yield f"data: {json.dumps(error.body())}\n\n"
       finally:
-        self.counts["cancelled"] += not over
+        self.counts["cancelled"] += not play.over
         play.cancel()
-        for task in (one, gone):
-          task.cancel()
       yield "data: [DONE]\n\n"
 
     return StreamingResponse(events(), media_type="text/event-stream")
@@ -230,7 +220,7 @@ class Play:
     self.prompt = 0  # tokens
     self._events: asyncio.Queue = asyncio.Queue()
     self._loop = asyncio.get_running_loop()
-    self._over = False
+    self.over = False
     # With operations stops are of the answer, which stands only at the end.
     self._stops = () if self.codec.tools else asked.stop
     limits = server.limits
@@ -260,8 +250,8 @@ class Play:
 
   def cancel(self) -> None:
     """Frees its slots, if it has any."""
-    if not self._over:
-      self._over = True
+    if not self.over:
+      self.over = True
       self._service.cancel(self._number)
 
   async def whole(self) -> dict[str, Any]:
@@ -303,7 +293,7 @@ class Play:
     while left:
       kind, *event = await self._events.get()
       if kind == "failed":
-        self._over = True
+        self.over = True
         raise _as_request_error(event[0])
       if kind == "heard":
         i, ids = event
@@ -324,7 +314,7 @@ class Play:
       i = trajectory.sample
       self.prompt = trajectory.sampled.index(True) if any(trajectory.sampled) else 0
       if not self.prompt:
-        self._over = True
+        self.over = True
         raise RequestError(
           f"the conversation has {len(trajectory.ids)} tokens; there is room for "
           f"{self._service.engine.max_prompt} tokens and pictures of "
@@ -341,7 +331,7 @@ class Play:
       self.server.tokens["sampled"] += choice.sampled
       self.server.tokens["prompt"] += self.prompt
       yield "choice", i, choice
-    self._over = True
+    self.over = True
 
   def _cut(self, text: completions.Text) -> completions.Choice:
     said = text.stopped or completions.NO_ANSWER
@@ -358,35 +348,6 @@ def _as_request_error(error: Exception) -> RequestError:
 
 
 # ---- What comes from outside ---------------------------------------------------------
-
-
-async def _body(request: Request) -> bytes:
-  """The body, of bounded size, from a client that is not too slow."""
-  declared = request.headers.get("content-length", "0")
-  too_large = RequestError(
-    f"the body is larger than {MOST_BYTES >> 20} MB; send smaller pictures", status=413
-  )
-  if declared.isdigit() and int(declared) > MOST_BYTES:
-    raise too_large
-  parts, size = [], 0
-  stream = request.stream()
-  while True:
-    try:
-      part = await asyncio.wait_for(anext(stream, None), SLOW)
-    except TimeoutError:
-      raise RequestError("the body came too slowly", status=408) from None
-    if part is None:
-      return b"".join(parts)
-    size += len(part)
-    if size > MOST_BYTES:
-      raise too_large
-    parts.append(part)
-
-
-async def _left(request: Request) -> None:
-  """Returns when the client has left."""
-  while not await request.is_disconnected():
-    await asyncio.sleep(0.2)
 
 
 def _fetch(url: str, *, allowed: bool) -> bytes:

@@ -15,10 +15,8 @@ import importlib, json, pkgutil, sys
 sys.modules["torch"] = None  # as if it were not installed: importing it raises
 import pixel_jax
 names = [m.name for m in pkgutil.walk_packages(pixel_jax.__path__, "pixel_jax.")]
-optional = ("pixel_jax.demo",)  # needs gradio
 for name in names:
-  if name not in optional:
-    importlib.import_module(name)
+  importlib.import_module(name)
 from jax._src import xla_bridge
 print(json.dumps([len(names), sorted(xla_bridge._backends)]))
 """

@@ -13,13 +13,13 @@ import threading
 import time
 import types
 
+import apps
 import httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
-from pixel_jax import parallel, serve, server
+from pixel_jax import hosting, parallel, serve, server
 from pixel_jax.chat import completions, encode, template
 from pixel_jax.data import world
 from pixel_jax.rollout import service as service_lib
@@ -54,7 +54,7 @@ def opened():
     one = parallel.make_mesh(1, 1, 1)
     patch.setattr(parallel, "make_mesh", lambda: one)
     pixel = serve.open_server(args)
-  serve.warm(pixel)
+  hosting.warm(pixel.services, pixel.codec)
   plain = server.Server(
     pixel.services, dataclasses.replace(pixel.codec, tools=False), name="plain",
     limits=dataclasses.replace(pixel.limits, key="secret"),
@@ -68,20 +68,11 @@ def opened():
 @pytest.fixture(scope="module")
 def addresses(opened):
   """Where both listen."""
-  running = []
-  for app in (opened.pixel.app, opened.plain.app):
-    listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-    one = uvicorn.Server(config)
-    thread = threading.Thread(
-      target=one.run, kwargs={"sockets": [listener]}, daemon=True
-    )
-    thread.start()
-    running.append((one, thread, listener.getsockname()[1]))
-  yield [f"http://127.0.0.1:{port}" for _, _, port in running]
-  for one, thread, _ in running:
-    one.should_exit = True
-    thread.join(timeout=30)
+  with (
+    apps.listening(opened.pixel.app) as one,
+    apps.listening(opened.plain.app) as other,
+  ):
+    yield [one, other]
 
 
 @pytest.fixture(scope="module")
@@ -311,12 +302,12 @@ def test_a_key_is_asked_for(addresses):
 
 
 def test_a_body_that_is_too_large_or_too_slow(addresses, monkeypatch):
-  monkeypatch.setattr(server, "MOST_BYTES", 1 << 16)
+  monkeypatch.setattr(hosting, "MOST_BYTES", 1 << 16)
   url = addresses[0] + "/v1/chat/completions"
   assert httpx.post(url, content=b"x" * (1 << 17)).status_code == 413
   parts = (b"x" * 4096 for _ in range(32))  # no length is declared
   assert httpx.post(url, content=parts).status_code == 413
-  monkeypatch.setattr(server, "SLOW", 0.2)
+  monkeypatch.setattr(hosting, "SLOW", 0.2)
   with socket.create_connection(
     ("127.0.0.1", int(url.split(":")[2].split("/")[0]))
   ) as s:

@@ -53,6 +53,7 @@ class Group:
     limits: max_turns, max_new_tokens, row and operations of `Episode`.
     ended: called with every sample that is over, in the thread of `step`.
     heard: called with (sample, ids, log-probs) of every piece of a turn.
+    looked: called with a copy of the trajectory so far when an operation has returned.
     failed: called with what `prompt` raised; without it `step` raises that.
   """
 
@@ -63,6 +64,7 @@ class Group:
   limits: Mapping[str, Any]
   ended: Callable[[Finished], None]
   heard: Callable[[int, list[int], list[float]], None] | None = None
+  looked: Callable[[Trajectory], None] | None = None
   failed: Callable[[Exception], None] | None = None
 
 
@@ -171,11 +173,15 @@ class Session:
       due = [(slot, self._operations.pop(slot).result()) for slot in plan.collect()]
     fed = []
     for slot, fits in due:
-      if self._starts[slot].group not in self._groups:
+      group = self._groups.get(self._starts[slot].group)
+      if group is None:
         self._free(slot)  # was withdrawn meanwhile
       elif fits:
         plan.resume(slot)
         fed.append(slot)
+        if group.looked:
+          conversation = table.episodes[slot].conversation
+          group.looked(conversation.fork(self._starts[slot].sample).trajectory)
       else:
         self._finish(slot)
     with watch("extend"):

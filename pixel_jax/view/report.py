@@ -92,17 +92,7 @@ def report(
 ) -> str:
   """The page.  Trajectories come evenly from all runs and steps until it is full."""
   total = sum(len(r.trajectories) for r in runs)
-  head = f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title or "Pixel Reasoner: a run")}</title>
-<link rel="icon" href="data:,">
-<style>{page.STYLE}</style>
-</head>
-<body>
-<main>
+  head = f"""<main>
 <h1>{escape(title or "A model that learns to look closer")}</h1>
 {_lede(runs, evaluation)}
 <nav class="top"><a href="#table">before and after</a><a href="#curves">curves</a>
@@ -116,16 +106,12 @@ def report(
 curve and script is in it.</footer>
 </main>
 """
-  room = most_bytes - len((head + foot + page.SCRIPT).encode("utf-8", "replace")) - 4096
+  around = head + foot + page.SCRIPT + page.STYLE
+  room = most_bytes - len(around.encode("utf-8", "replace")) - 4096
   shown, store = _trajectories(runs, total, load_media, codec, room)
-  pictures = json.dumps(store, separators=(",", ":"))
-  html = f"""{head}{shown}{foot}
-<script type="application/json" id="pictures">{pictures}</script>
-<script>{page.SCRIPT}</script>
-</body>
-</html>
-"""
-  return html.encode("utf-8", "replace").decode()
+  return page.document(
+    title or "Pixel Reasoner: a run", head + shown + foot, pictures=store
+  )
 
 
 # ---- Title ---------------------------------------------------------------------------

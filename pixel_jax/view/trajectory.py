@@ -172,12 +172,6 @@ def render(
 
   Without a codec the question's pictures are shown, but not what the calls returned.
   """
-  try:
-    shown, missing = replay(trajectory, codec, load_media), ""
-  except Exception as error:  # a lost file must not cost the page
-    shown = Replay([], [], [[] for _ in trajectory.calls])
-    missing = f'<p class="missing">pictures cannot be drawn: {escape(error)}</p>'
-  mark_calls(trajectory, shown)
   task, judged = trajectory.task, verdict(trajectory)
   truth = (
     task.answer if isinstance(task.answer, str) else " | ".join(map(str, task.answer))
@@ -198,11 +192,23 @@ def render(
     f'<p class="facts">{"".join(facts)}</p>',
     reward_html(trajectory),
     "</header>",
-    missing,
-    _turns(trajectory, shown, codec, store),
+    render_turns(trajectory, load_media, codec=codec, store=store),
     "</article>",
   ]
   return "\n".join(out)
+
+
+def render_turns(
+  trajectory: Trajectory, load_media: LoadMedia, *, codec, store: dict[str, str] | None
+) -> str:
+  """The turns alone, for who says the rest around them: `render` and the demo."""
+  try:
+    shown, missing = replay(trajectory, codec, load_media), ""
+  except Exception as error:  # a lost file must not cost the page
+    shown = Replay([], [], [[] for _ in trajectory.calls])
+    missing = f'<p class="missing">pictures cannot be drawn: {escape(error)}</p>'
+  mark_calls(trajectory, shown)
+  return missing + _turns(trajectory, shown, codec, store)
 
 
 def _turns(trajectory: Trajectory, shown: Replay, codec, store) -> str:
@@ -221,12 +227,14 @@ def _turns(trajectory: Trajectory, shown: Replay, codec, store) -> str:
       body, is_call = policy_html(text, trajectory.profile, calls + 1, ran)
       tokens = tinted[policy_turns] if policy_turns < len(tinted) else ""
       policy_turns += 1
-      out.append(f'<li class="turn policy"><h4>policy</h4>{body}{tokens}</li>')
+      out.append(
+        f'<li class="turn policy"><p class="who">policy</p>{body}{tokens}</li>'
+      )
       calls += is_call
     elif not asked:
       asked = True
       out.append(
-        f'<li class="turn question"><h4>question</h4>{_question(shown, store)}'
+        f'<li class="turn question"><p class="who">question</p>{_question(shown, store)}'
         f"{_question_text(plain(text), trajectory.task.question)}</li>"
       )
     else:
@@ -294,8 +302,8 @@ def _observation(trajectory, shown: Replay, index: int, text: str, store) -> str
     else "operation"
   )
   return (
-    f'<li class="{css}"><h4>{label}</h4><div class="words">{escape(text.strip())}</div>'
-    f"{strip}</li>"
+    f'<li class="{css}"><p class="who">{label}</p>'
+    f'<div class="words">{escape(text.strip())}</div>{strip}</li>'
   )
 
 
