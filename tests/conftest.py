@@ -3,6 +3,8 @@
 All processes of a session (workers of xdist, whole runs) share their compiled programs.
 """
 
+import contextlib
+import ctypes
 import gc
 import importlib.util
 import os
@@ -56,3 +58,5 @@ def release_programs():
   yield
   jax.clear_caches()
   gc.collect()
+  with contextlib.suppress(OSError, AttributeError):  # only glibc has it
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
