@@ -17,8 +17,9 @@ import os
 import pathlib
 import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -182,6 +183,21 @@ def run(app: Any, listener: socket.socket, services: Sequence[Service] = ()) -> 
   for service in services:
     service.close()
   metrics.say("stopped")
+
+
+@contextlib.contextmanager
+def listening(app: Any) -> Iterator[str]:
+  """The address of an app that is served in a thread, for as long as the block lasts."""
+  listener = socket.create_server(("127.0.0.1", 0))
+  config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
+  server = uvicorn.Server(config)
+  thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+  thread.start()
+  try:
+    yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+  finally:
+    server.should_exit = True
+    thread.join(timeout=30)
 
 
 # ---- Clients -------------------------------------------------------------------------

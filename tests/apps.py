@@ -1,26 +1,9 @@
-"""Apps that listen on this machine, and a browser that looks at them."""
+"""A browser that looks at apps which listen on this machine."""
 
 import contextlib
 import shutil
-import socket
-import threading
 
 import pytest
-import uvicorn
-
-
-@contextlib.contextmanager
-def listening(app):
-  """The address of an app that is served in a thread."""
-  listener = socket.create_server(("127.0.0.1", 0))
-  config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-  one = uvicorn.Server(config)
-  thread = threading.Thread(target=one.run, kwargs={"sockets": [listener]}, daemon=True)
-  thread.start()
-  yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-  one.should_exit = True
-  thread.join(timeout=30)
-
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 
@@ -36,6 +19,15 @@ def chromium():
     browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
     yield browser
     browser.close()
+
+
+def until(page, happens, seconds=60):
+  """Waits for what a page shows; our pages let nobody evaluate code in them."""
+  for _ in range(seconds * 20):
+    if happens():
+      return
+    page.wait_for_timeout(50)
+  raise AssertionError(f"after {seconds} s: {page.inner_text('body')[:2000]}")
 
 
 def serious(page):

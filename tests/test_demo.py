@@ -45,7 +45,7 @@ def opened():
 
 @pytest.fixture(scope="module")
 def address(opened):
-  with apps.listening(opened.app) as address:
+  with hosting.listening(opened.app) as address:
     yield address
 
 
@@ -124,7 +124,7 @@ def test_every_door_gives_the_same_answer_token_for_token(opened, address, tmp_p
     limits=server.Limits(max_turns=3, max_new_tokens=400),
   )  # fmt: skip
   model = pixel_jax.load("tiny_base")
-  with apps.listening(served.app) as other:
+  with hosting.listening(served.app) as other:
     for name in set(demo.EXAMPLES) & set(evaluated):
       task = demo._task(name)
       scene = world.load_media(task.media[0])
@@ -358,7 +358,7 @@ def test_two_policies_answer_side_by_side(opened, browser):
   (one,) = opened.policies
   both = [one, dataclasses.replace(one, name="other <i>one</i>")]
   compared = demo.Demo(both, **opened.limits, hosts=demo.LOOPBACK)
-  with apps.listening(compared.app) as address:
+  with hosting.listening(compared.app) as address:
     page = browser.new_page()
     page.goto(address)
     page.locator(".example").first.click()

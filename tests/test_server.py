@@ -13,7 +13,6 @@ import threading
 import time
 import types
 
-import apps
 import httpx
 import openai
 import pytest
@@ -69,8 +68,8 @@ def opened():
 def addresses(opened):
   """Where both listen."""
   with (
-    apps.listening(opened.pixel.app) as one,
-    apps.listening(opened.plain.app) as other,
+    hosting.listening(opened.pixel.app) as one,
+    hosting.listening(opened.plain.app) as other,
   ):
     yield [one, other]
 

@@ -21,7 +21,7 @@ from pixel_jax import trajectory as trajectories
 from pixel_jax.chat import encode, tokenizer
 from pixel_jax.tools import view as view_tool
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
-from pixel_jax.view import charts, pictures, report, table
+from pixel_jax.view import charts, pictures, report, runs, table
 from pixel_jax.view import trajectory as view
 
 HOSTILE = (
@@ -197,7 +197,7 @@ def test_hostile_text_stays_text(codec):
   t.calls[0].error = HOSTILE
   t.reward[HOSTILE] = HOSTILE
   t.turns.append({"role": HOSTILE, "text": HOSTILE})
-  run = report.Run(HOSTILE, [{"step": 1, "loss": 2.0}], {HOSTILE: HOSTILE}, [t])
+  run = runs.Run(HOSTILE, [{"step": 1, "loss": 2.0}], {HOSTILE: HOSTILE}, [t])
   evaluation = {"split": HOSTILE, "rows": [{"name": HOSTILE, "modes": {}}]}
   text = report.report([run], evaluation, load_media, codec=codec, title=HOSTILE)
   text.encode()
@@ -303,16 +303,16 @@ EVALUATION = {
 
 
 def test_page_is_whole_and_needs_no_network(codec):
-  runs = [
-    report.Run("sft", [{"step": s, "loss": 1 / s} for s in range(1, 30)]),
-    report.Run("rl", metrics(), {"seed": 7, "reward": {"alpha": 0.5}}),
-    report.Run("rl_alpha0", metrics()),
+  some = [
+    runs.Run("sft", [{"step": s, "loss": 1 / s} for s in range(1, 30)]),
+    runs.Run("rl", metrics(), {"seed": 7, "reward": {"alpha": 0.5}}),
+    runs.Run("rl_alpha0", metrics()),
   ]
-  runs[1].trajectories = [
+  some[1].trajectories = [
     play(codec, call(), "\\boxed{O}", name="a"),
     play(codec, "\\boxed{X}", name="a", correct=0.0),
   ]
-  text = report.report(runs, EVALUATION, load_media, codec=codec)
+  text = report.report(some, EVALUATION, load_media, codec=codec)
   page = Page(text)
   assert all(a.startswith(("data:", "#")) for a in page.addresses)
   assert not re.search(r"https?://|@import|url\(|fetch\(", text)
@@ -349,7 +349,7 @@ def test_page_stays_below_its_bytes(codec):
   many = [play(codec, call(), "\\boxed{O}", name=f"q{i}", step=i) for i in range(40)]
   for i, t in enumerate(many):
     t.task.media[0].path = "x" * i  # another picture each
-  run = report.Run("rl", metrics(), {}, many)
+  run = runs.Run("rl", metrics(), {}, many)
   text = report.report([run], None, load_media, codec=codec, most_bytes=400_000)
   assert 250_000 < len(text.encode()) <= 400_000
   assert 2 <= Page(text).count("article") < 40 and "of 40, taken evenly" in text
@@ -359,8 +359,8 @@ def test_spread_takes_whole_groups_evenly_over_runs_and_steps():
   def t(step, name):
     return Trajectory(Task(name, "", "", []), policy_step=step)
 
-  a = report.Run("a", trajectories=[t(s, n) for s in (1, 2) for n in "xxyyzz"])
-  b = report.Run("b", trajectories=[t(9, "w")])
+  a = runs.Run("a", trajectories=[t(s, n) for s in (1, 2) for n in "xxyyzz"])
+  b = runs.Run("b", trajectories=[t(9, "w")])
   took = [(r.name, g[0].policy_step, len(g)) for r, g in report.spread([a, b])]
   assert took[:3] == [("a", 1, 2), ("a", 2, 2), ("b", 9, 1)]
   assert sum(n for *_, n in took) == 13
@@ -449,7 +449,7 @@ def test_tool_reads_a_folder_of_runs(codec, tmp_path, capsys, monkeypatch):
   rl.mkdir()
   evaluated.mkdir()
   lines = "".join(json.dumps(m) + "\n" for m in metrics())
-  (rl / "metrics.jsonl").write_text(lines + '{"step": 61, "lo')
+  (rl / "metrics.jsonl").write_text(lines + '{"step": 61, "lo\n{"step": 62')
   config = {"codec": {"profile": "clean", "budgets": codec.budgets, "video_frames": 8}}
   config |= {"reward": {"alpha": 0.5}}
   (rl / "config.json").write_text(json.dumps(config))

@@ -1,91 +1,97 @@
-"""Workdirs -> one HTML page of tables, curves and trajectories.
+"""Workdirs -> one page of tables, curves and trajectories: as a file, or while they run.
 
   pixel-jax view DIR [DIR2 ...] --out=report.html
+  pixel-jax view DIR [DIR2 ...] --serve [--port=7870]
 
 A DIR is the workdir of one run, or the folder that launch/local.sh fills (base, sft,
 rl, rl_alpha0, eval): every folder directly below it that holds a run is read too.  What
-is not there is left out.  The page needs no server and no network.
+is not there is left out.  Runs with the same config but for the seed are drawn as a mean
+and a band.  The file needs no server and no network; it holds --trajectories=400 of them,
+and has --megabytes=5 at most.
+
+With --serve the page grows while the runs go on, and all their trajectories can be looked
+through: by verdict, step, data, advantage or word, each beside others of its question.
+--root=DIR: where the media lie, if not where the config says.  --index=FILE: what was read
+of the trajectories, kept for the next start (else in ~/.cache/pixel_jax/view).
 """
 
 import argparse
-import json
+import hashlib
+import os
 import pathlib
-import sys
 
-from pixel_jax import trajectory
+import tqdm
+
 from pixel_jax.chat import encode
 from pixel_jax.data import media
 from pixel_jax.evals import protocol
 from pixel_jax.run import policies
-from pixel_jax.view import charts
-from pixel_jax.view import report as view
-
-PARTS = ("config.json", "metrics.jsonl", "evaluation.json", "trajectories")
-ORDER = ("base", "sft", "rl", "rl_alpha0", "eval")
+from pixel_jax.view import charts, report, runs
+from pixel_jax.view.index import Index, Stored
 
 
-def workdirs(roots: list[pathlib.Path]) -> list[pathlib.Path]:
-  """The folders that hold a run: each root, and what lies directly below it."""
-  found = []
-  for root in roots:
-    below = [d for d in root.iterdir() if d.is_dir() and d.name not in PARTS]
-    below.sort(key=lambda d: (ORDER.index(d.name) if d.name in ORDER else 9, d.name))
-    found += [d for d in (root, *below) if any((d / part).exists() for part in PARTS)]
-  return list(dict.fromkeys(found))
-
-
-def read_json(path: pathlib.Path) -> dict:
-  try:
-    value = json.loads(path.read_text(encoding="utf-8"))
-  except FileNotFoundError:
-    return {}
-  except ValueError as error:
-    print(f"warning: {path} is left out: {error}", file=sys.stderr)
-    return {}
-  return value if isinstance(value, dict) else {}
-
-
-def read_lines(path: pathlib.Path, parse) -> list:
-  """The lines of a JSONL file; one that does not parse (a killed run's) is skipped."""
-  out = []
-  if path.exists():
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-      try:
-        out.append(parse(line))
-      except (ValueError, TypeError, KeyError) as error:
-        print(f"warning: {path}:{number} is left out: {error}", file=sys.stderr)
+def open_trajectories(found: list[runs.Run], index: Index) -> list[runs.Run]:
+  """The runs with what they played; of an evaluation, a run for each policy and mode."""
+  files = runs.files(found)
+  index.update(files, warn=runs.warn)
+  names = dict.fromkeys(file.run for file in files)
+  out = [run for run in found if run.metrics or run.config]
+  for name in names:
+    alone = next((run for run in out if run.name == name), None)
+    if alone is None:
+      out.append(runs.Run(name, trajectories=Stored(index, name)))
+    else:
+      alone.trajectories = Stored(index, name)
   return out
 
 
-def read_runs(workdir: pathlib.Path) -> list[view.Run]:
-  """The run of a workdir; of an evaluation, a run for each policy and mode."""
-  config = read_json(workdir / "config.json")
-  metrics = [
-    m for m in read_lines(workdir / "metrics.jsonl", json.loads) if isinstance(m, dict)
-  ]
-  files = sorted((workdir / "trajectories").glob("*.jsonl"))
-  name = workdir.name
-  if any("ops/rapr" in m for m in metrics) and "alpha" in config.get("reward", {}):
-    name = f"{name} (alpha = {config['reward']['alpha']:g})"
-  run = view.Run(name, metrics, config)
-  runs = [run] if metrics or config else []
-  for file in files:
-    read = read_lines(file, trajectory.from_json)
-    if file.stem.startswith("step_"):
-      run.trajectories += read
-    else:  # an evaluation keeps no judgement; judge as it does
-      for t in read:
-        t.reward.setdefault("correct", protocol.judge(t))
-      runs.append(view.Run(file.stem.replace("_", ", "), trajectories=read))
-  return runs if run.metrics or run.config else [run, *runs]
-
-
-def open_codec(folders: list[pathlib.Path]) -> encode.Codec | None:
+def open_codec(found: list[runs.Run]) -> encode.Codec | None:
   """The codec of the first run that kept its config and tokenizer."""
-  for folder in folders:
-    if "codec" in read_json(folder / "config.json") and (folder / "tokenizer").exists():
-      return policies.open_codec(folder)
+  for run in found:
+    if "codec" in run.config and (run.folder / "tokenizer").exists():
+      return policies.open_codec(run.folder)
   return None
+
+
+def write_report(found: list[runs.Run], look, args: argparse.Namespace) -> None:
+  shown = open_trajectories(found, Index(judge=protocol.judge))
+  evaluations = [runs.read_json(run.folder / "evaluation.json") for run in found]
+  evaluation = next((e for e in evaluations if e), None)
+  html = report.report(
+    shown, evaluation, look, codec=open_codec(found), title=args.title,
+    most=args.trajectories, most_bytes=args.megabytes * 10**6,
+  )  # fmt: skip
+  args.out.parent.mkdir(parents=True, exist_ok=True)
+  args.out.write_text(html, encoding="utf-8")
+  print(f"report: {args.out.resolve()} ({args.out.stat().st_size / 1e6:.1f} MB)")
+  if args.figure:
+    arms = {
+      name: [run.metrics for run in alike]
+      for name, alike in runs.arms([run for run in shown if run.is_rl])
+    }
+    args.figure.write_text(charts.trap_figure(arms), encoding="utf-8")
+    print(f"figure: {args.figure.resolve()}")
+
+
+def serve(found: list[runs.Run], look, args: argparse.Namespace) -> None:
+  from pixel_jax import hosting  # here: a file needs no server
+  from pixel_jax.view import live
+
+  listener = hosting.listen(args.host, args.port)
+  names = "\n".join(str(run.folder) for run in found)
+  home = pathlib.Path(os.environ.get("XDG_CACHE_HOME", pathlib.Path.home() / ".cache"))
+  known = hashlib.sha256(names.encode()).hexdigest()[:16]
+  kept = args.index or home / "pixel_jax" / "view" / f"{known}.sqlite"
+  index = Index(kept, judge=protocol.judge)
+  files = runs.files(found)
+  size = sum(f.path.stat().st_size for f in files)
+  with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="trajectories") as bar:
+    index.update(files, bar.update, runs.warn)
+  hosts = live.LOOPBACK if hosting.is_loopback(listener) else ["*"]
+  app = live.Live(found, index, look, open_codec(found), title=args.title, hosts=hosts)
+  host, port = listener.getsockname()[:2]
+  print(f"open http://{host}:{port} in a browser; index: {kept}; Ctrl-C ends it")
+  hosting.run(app.app, listener)
 
 
 def main() -> None:
@@ -99,31 +105,27 @@ def main() -> None:
   parser.add_argument(
     "--figure", type=pathlib.Path, help="also write the curves as SVG"
   )
+  parser.add_argument("--trajectories", type=int, default=400, help="in the file, most")
+  parser.add_argument("--megabytes", type=int, default=5, help="of the file, most")
+  parser.add_argument(
+    "--serve", action="store_true", help="a page that stays up to date"
+  )
+  parser.add_argument("--host", default="127.0.0.1")
+  parser.add_argument("--port", type=int, default=7870, help="0 = a free one")
+  parser.add_argument("--index", type=pathlib.Path, help="of the trajectories, a file")
   args = parser.parse_args()
   for folder in args.dirs:
     if not folder.is_dir():
       parser.error(f"{folder} is no folder; give the workdir of a run")
-  folders = workdirs(args.dirs)
-  if not folders:
+  found = runs.open_runs(runs.find(args.dirs))
+  if not found:
     parser.error(
-      f"nothing to show in {', '.join(map(str, args.dirs))}: no {' or '.join(PARTS)}"
+      f"nothing to show in {', '.join(map(str, args.dirs))}: no "
+      f"{' or '.join(runs.PARTS)}"
     )
-
-  runs = [run for folder in folders for run in read_runs(folder)]
-  evaluations = [read_json(f / "evaluation.json") for f in folders]
-  evaluation = next((e for e in evaluations if e), None)
-  roots = [r.config.get("data", {}).get("root", "") for r in runs]
+  roots = [run.config.get("data", {}).get("root", "") for run in found]
   look = media.Library(args.root or next(filter(None, roots), "")).load
-  html = view.report(
-    runs, evaluation, look, codec=open_codec(folders), title=args.title
-  )
-  args.out.parent.mkdir(parents=True, exist_ok=True)
-  args.out.write_text(html, encoding="utf-8")
-  print(f"report: {args.out.resolve()} ({args.out.stat().st_size / 1e6:.1f} MB)")
-  if args.figure:
-    arms = {r.name: [r.metrics] for r in runs if r.is_rl}
-    args.figure.write_text(charts.trap_figure(arms), encoding="utf-8")
-    print(f"figure: {args.figure.resolve()}")
+  (serve if args.serve else write_report)(found, look, args)
 
 
 if __name__ == "__main__":

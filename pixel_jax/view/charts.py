@@ -27,12 +27,14 @@ MOST_POINTS = 400  # of one line; more are averaged in bins, a chart is 300 px w
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-  """One arm in one chart."""
+  """One arm in one chart; with `low` and `high` a mean over seeds and its band."""
 
   name: str
   x: Sequence[float]
   y: Sequence[float]
   slot: int = 0
+  low: Sequence[float] = ()
+  high: Sequence[float] = ()
 
 
 def line_of(name: str, metrics: list[dict], key: str, slot: int = 0) -> Line:
@@ -44,6 +46,20 @@ def line_of(name: str, metrics: list[dict], key: str, slot: int = 0) -> Line:
       points[float(x)] = float(y)  # a resumed run may repeat a step: the last holds
   xs = sorted(points)
   return Line(name, xs, [points[x] for x in xs], slot)
+
+
+def over_seeds(name: str, lines: Sequence[Line], slot: int = 0) -> Line:
+  """The mean of several runs at the steps that all of them have, smallest to largest."""
+  lines = [line for line in lines if len(line.x)]
+  if len(lines) < 2:
+    return (
+      dataclasses.replace(*lines, name=name, slot=slot) if lines else Line(name, [], [])
+    )
+  shared = sorted(set.intersection(*(set(line.x) for line in lines)))
+  at = [dict(zip(line.x, line.y)) for line in lines]
+  values = [[points[x] for points in at] for x in shared]
+  mean = [sum(v) / len(v) for v in values]
+  return Line(name, shared, mean, slot, [*map(min, values)], [*map(max, values)])
 
 
 def _finite(x) -> bool:
@@ -58,13 +74,13 @@ def thin(line: Line, most: int = MOST_POINTS) -> Line:
   n = len(line.x)
   if n <= most:
     return line
-  edges = [i * n // most for i in range(most + 1)]
-  bins = list(itertools.pairwise(edges))
-  return dataclasses.replace(
-    line,
-    x=[sum(line.x[a:b]) / (b - a) for a, b in bins],
-    y=[sum(line.y[a:b]) / (b - a) for a, b in bins],
-  )
+  bins = list(itertools.pairwise(i * n // most for i in range(most + 1)))
+
+  def means(values):
+    return [sum(values[a:b]) / (b - a) for a, b in bins] if len(values) else values
+
+  names = ("x", "y", "low", "high")
+  return dataclasses.replace(line, **{k: means(getattr(line, k)) for k in names})
 
 
 def smooth(y: Sequence[float]) -> list[float]:
@@ -145,7 +161,7 @@ def panel(
     positive = [v for line in lines for v in line.y if v > 0]
     log = bool(positive)
   xs = [x for line in lines for x in line.x] or [0.0, 1.0]
-  ys = [y for line in lines for y in line.y] or [0.0, 1.0]
+  ys = [y for line in lines for y in (*line.y, *line.low, *line.high)] or [0.0, 1.0]
   x_ticks = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)]
   if log:
     low = math.floor(math.log10(min(positive)))
@@ -191,7 +207,11 @@ def panel(
   for line in lines:
     color = f"c{line.slot % len(COLORS)}"
     calm = smooth(line.y)
-    if calm != list(line.y):
+    if len(line.low):
+      there = _path(frame, line.x, smooth(line.low))
+      back = _path(frame, [*line.x][::-1], smooth(line.high)[::-1])
+      out.append(f'<path class="band {color}" d="{there}L{back[1:]}Z"/>')
+    elif calm != list(line.y):
       out.append(f'<path class="raw {color}" d="{_path(frame, line.x, line.y)}"/>')
     dash = DASHES[line.slot % len(DASHES)]
     dashed = f' stroke-dasharray="{dash}"' if dash else ""
@@ -275,6 +295,7 @@ STYLE = """
 .raw { fill: none; stroke-width: 1; opacity: .28; stroke: var(--c) }
 .curve { fill: none; stroke-width: 2; stroke: var(--c); stroke-linejoin: round;
   stroke-linecap: butt }
+.band { fill: var(--c); opacity: .16; stroke: none }
 .dot { fill: var(--c) }
 .end { fill: var(--c); font: 600 12px system-ui, sans-serif }
 """ + "".join(f".c{i} {{ --c: {light} }}\n" for i, (light, _) in enumerate(COLORS))

@@ -12,7 +12,7 @@ from pixel_jax.view import trajectory as view
 from pixel_jax.view.pictures import LoadMedia, data_uri
 from pixel_jax.view.text import escape
 
-SCRIPT = pages.asset("demo.js")
+SCRIPT = pages.script("common.js", "demo.js")
 STYLE = pages.asset("demo.css")
 POLICY = pages.security_policy()
 

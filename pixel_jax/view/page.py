@@ -17,8 +17,14 @@ def asset(name: str) -> str:
   return (folder / name).read_text(encoding="utf-8")
 
 
+def script(*names: str) -> str:
+  """Scripts of assets/ as one, whose names are its own."""
+  parts = "\n".join(map(asset, names))
+  return f'(() => {{\n"use strict";\n{parts}}})();\n'
+
+
 STYLE = asset("trajectory.css") + charts.STYLE + asset("page.css")
-SCRIPT = asset("report.js")
+SCRIPT = script("common.js", "charts.js", "report.js")
 
 
 def document(

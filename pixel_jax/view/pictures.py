@@ -86,8 +86,10 @@ def figure(shown: Shown, store, *, css: str = "", caption: str | None = None) ->
     )
     if mark.label:
       left, top = (100 * min(max(v / n, 0), 0.97) for v, n in ((x0, w), (y0, h)))
+      # On the box, so that it hides nothing in it; inside where there is no room.
+      place = " above" if top > 10 else ""
       tags.append(
-        f'<span class="tag {mark.kind}" style="left:{left:.2f}%;top:{top:.2f}%">'
+        f'<span class="tag {mark.kind}{place}" style="left:{left:.2f}%;top:{top:.2f}%">'
         f"{escape(mark.label)}</span>"
       )
   overlay = (

@@ -6,79 +6,17 @@ A `Run` is a workdir that was read (`pixel-jax view` reads it): its metrics, its
 config and its trajectories.  What is missing is left out and said.
 """
 
-import dataclasses
-import json
 from collections.abc import Iterator
-from typing import Any
 
 from pixel_jax.trajectory import Trajectory
-from pixel_jax.view import charts, page, table
+from pixel_jax.view import curves, page, table
 from pixel_jax.view import trajectory as view
 from pixel_jax.view.pictures import LoadMedia
+from pixel_jax.view.runs import Run
 from pixel_jax.view.text import escape
 
 MOST_BYTES = 5_000_000
 MOST_TRAJECTORIES = 400
-
-
-@dataclasses.dataclass
-class Run:
-  """One workdir, or one file of evaluation rollouts, by the name it has on the page."""
-
-  name: str
-  metrics: list[dict] = dataclasses.field(default_factory=list)  # of metrics.jsonl
-  config: dict[str, Any] = dataclasses.field(default_factory=dict)
-  trajectories: list[Trajectory] = dataclasses.field(default_factory=list)
-
-  @property
-  def is_rl(self) -> bool:
-    return any("ops/rapr" in row for row in self.metrics)
-
-
-# (section, what it tells, charts: (title, key, note, range, log))
-SHARE = (0.0, 1.0)
-RL_CHARTS = (
-  (
-    "The learning trap",
-    "Looking closer is a skill that at first costs accuracy, so a policy may give it up"
-    " before it pays. The curiosity bonus is there to keep it looking.",
-    (
-      ("Rollouts that operate", "ops/rapr", "", SHARE, False),
-      ("Correct", "reward/correct", "", SHARE, False),
-      ("Correct, of those that operate", "reward/accuracy_with_ops", "", SHARE, False),
-      (
-        "Correct, of those that do not",
-        "reward/accuracy_without_ops",
-        "",
-        SHARE,
-        False,
-      ),
-      ("Held-out accuracy", "eval/accuracy", "", SHARE, False),
-      ("Held-out rollouts that operate", "eval/rapr", "", SHARE, False),
-    ),
-  ),
-  (
-    "Reward, operations and health",
-    "",
-    (
-      ("Curiosity bonus, mean", "reward/curiosity", "", None, False),
-      ("Penalty, mean", "reward/penalty", "", None, False),
-      ("Operations a rollout", "ops/per_rollout", "", None, False),
-      ("Operations that fail", "ops/error_rate", "", None, False),
-      ("Entropy of a token", "policy/entropy", "", None, False),
-      ("Sampler and trainer, largest gap", "agreement/logp_diff_max", "", None, True),
-      ("Gradient norm", "optim/grad_norm", "", None, True),
-      ("Loss", "loss", "", None, False),
-      ("Tokens a second", "perf/tokens_per_s", "", None, False),
-    ),
-  ),
-)
-SFT_CHARTS = (
-  ("Loss", "loss", "nats a learned token", None, False),
-  ("Held-out loss", "eval/loss", "", None, False),
-  ("Entropy of a token", "policy/entropy", "", None, False),
-  ("Gradient norm", "optim/grad_norm", "", None, True),
-)
 
 
 def report(
@@ -89,8 +27,10 @@ def report(
   codec=None,
   title: str = "",
   most_bytes: int = MOST_BYTES,
+  most: int = MOST_TRAJECTORIES,
 ) -> str:
-  """The page.  Trajectories come evenly from all runs and steps until it is full."""
+  """The page.  Trajectories come evenly from all runs and steps until it is full: it has
+  `most` of them, or `most_bytes`."""
   total = sum(len(r.trajectories) for r in runs)
   head = f"""<main>
 <h1>{escape(title or "A model that learns to look closer")}</h1>
@@ -99,16 +39,16 @@ def report(
 <a href="#trajectories">trajectories</a><a href="#configs">configs</a></nav>
 <h2 id="table">Before and after</h2>
 {table.render(evaluation)}
-<div id="curves">{_curves(runs)}</div>
+<div id="curves">{curves.draw(runs)}</div>
 """
-  foot = f"""{_configs(runs)}
+  foot = f"""{curves.configs(runs)}
 <footer>pixel_jax: Pixel Reasoner in JAX. This file needs no network: every picture,
 curve and script is in it.</footer>
 </main>
 """
   around = head + foot + page.SCRIPT + page.STYLE
   room = most_bytes - len(around.encode("utf-8", "replace")) - 4096
-  shown, store = _trajectories(runs, total, load_media, codec, room)
+  shown, store = _trajectories(runs, total, load_media, codec, room, most)
   return page.document(
     title or "Pixel Reasoner: a run", head + shown + foot, pictures=store
   )
@@ -157,53 +97,6 @@ def _lede(runs: list[Run], evaluation: dict | None) -> str:
   return out + (f'<p class="aside">Runs: {"; ".join(facts)}.</p>' if facts else "")
 
 
-def _configs(runs: list[Run]) -> str:
-  parts = "".join(
-    f'<details class="more"><summary>{escape(run.name)}</summary>'
-    f"<pre>{escape(json.dumps(run.config, indent=1))}</pre></details>"
-    for run in runs
-    if run.config
-  )
-  return (
-    f'<h2 id="configs">Configs</h2>{parts}' if parts else '<div id="configs"></div>'
-  )
-
-
-# ---- Curves --------------------------------------------------------------------------
-
-
-def _curves(runs: list[Run]) -> str:
-  out = []
-  rl = [r for r in runs if r.is_rl]
-  for heading, told, wanted in RL_CHARTS:
-    if drawn := _charts(rl, wanted):
-      about = f'<p class="aside">{told}</p>' if told else ""
-      out.append(f'<h2>{heading}</h2>{about}<div class="charts">{drawn}</div>')
-  if drawn := _charts([r for r in runs if r.metrics and not r.is_rl], SFT_CHARTS):
-    out.append(f'<h2>Supervised fine-tuning</h2><div class="charts">{drawn}</div>')
-  if not out:
-    return '<h2>Curves</h2><p class="aside">No metrics.jsonl here yet.</p>'
-  return "".join(out) + (
-    '<p class="note">Strong lines are centred means over a fortieth of the curve; faint'
-    " ones are every step. Hover, or focus a chart and use the arrow keys, to read"
-    " values.</p>"
-  )
-
-
-def _charts(runs: list[Run], wanted) -> str:
-  return "".join(
-    charts.chart(
-      title,
-      key,
-      [charts.line_of(r.name, r.metrics, key, slot) for slot, r in enumerate(runs)],
-      note=note,
-      y_range=y_range,
-      log=log,
-    )
-    for title, key, note, y_range, log in wanted
-  )
-
-
 # ---- Trajectories --------------------------------------------------------------------
 
 
@@ -211,9 +104,9 @@ def spread(runs: list[Run]) -> Iterator[tuple[Run, list[Trajectory]]]:
   """Whole groups (one question, one policy), evenly over runs and steps."""
   queues = []
   for run in runs:
-    steps: dict[int, dict[str, list[Trajectory]]] = {}
-    for t in run.trajectories:
-      steps.setdefault(t.policy_step, {}).setdefault(t.task.id, []).append(t)
+    steps: dict[int, dict[str, list[int]]] = {}
+    for i, (step, task) in enumerate(run.heads):
+      steps.setdefault(step, {}).setdefault(task, []).append(i)
     queues += [(run, iter(groups.values())) for _, groups in sorted(steps.items())]
   while queues:
     for queue in list(queues):
@@ -221,15 +114,17 @@ def spread(runs: list[Run]) -> Iterator[tuple[Run, list[Trajectory]]]:
       if group is None:
         queues.remove(queue)
       else:
-        yield queue[0], group
+        yield queue[0], [queue[0].trajectories[i] for i in group]
 
 
-def _trajectories(runs, total, load_media, codec, room) -> tuple[str, dict[str, str]]:
+def _trajectories(
+  runs, total, load_media, codec, room, most
+) -> tuple[str, dict[str, str]]:
   """The browser and the pictures it needs, within `room` bytes."""
   opening = '<h2 id="trajectories">Trajectories</h2>'
   if not total:
     return f'{opening}<p class="aside">No trajectories here yet.</p>', {}
-  kept, store = _fill(runs, load_media, codec, room)
+  kept, store = _fill(runs, load_media, codec, room, most)
   groups = [(id(run), t.policy_step, t.task.id) for run, t, _ in kept]
   links = "".join(
     _link(i, run, t, first=i == 0 or groups[i] != groups[i - 1])
@@ -256,7 +151,7 @@ correct, <kbd>w</kbd> wrong, <kbd>o</kbd> used an operation, <kbd>e</kbd> error,
   )
 
 
-def _fill(runs, load_media, codec, room):
+def _fill(runs, load_media, codec, room, most):
   """[(run, trajectory, fragment)] and their pictures, as many as fit `room` bytes."""
   kept, store, misses = [], {}, 0
   for run, t in ((run, t) for run, group in spread(runs) for t in group):
@@ -272,7 +167,7 @@ def _fill(runs, load_media, codec, room):
       room -= cost + 64
       store |= fresh
       kept.append((run, t, fragment))
-    if misses == 8 or len(kept) == MOST_TRAJECTORIES:
+    if misses == 8 or len(kept) == most:
       break
   order = {id(run): i for i, run in enumerate(runs)}
   # The sort is stable, so groups stay whole.

@@ -15,24 +15,21 @@ import functools
 import io
 import json
 import pathlib
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 import jax
-import uvicorn
 
+from pixel_jax import hosting
 from pixel_jax.chat import completions, encode, template
 from pixel_jax.model import qwen2_5_vl
 from pixel_jax.pixels import image
 from pixel_jax.rollout.engine import Engine
 from pixel_jax.rollout.service import Service
-from pixel_jax.serve import CHUNK
 from pixel_jax.server import Limits, Server
 from pixel_jax.tools.bench import data
 from pixel_jax.trajectory import Media, Task
@@ -58,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> dict:
   )
   parser.add_argument("--questions", type=int, default=96)
   parser.add_argument("--clients", type=int, default=32)
-  parser.add_argument("--chunk", type=int, default=CHUNK, help="of the server")
+  parser.add_argument("--chunk", type=int, default=hosting.CHUNK, help="of the server")
   parser.add_argument("--repeats", type=int, default=3)
   parser.add_argument("--size", choices=("tiny", "30m"), default="30m")
   parser.add_argument("--json", type=pathlib.Path, help="also write the figures here")
@@ -160,15 +157,10 @@ def served(engine, params, codec, bodies, clients, folder) -> Callable:
   def run():
     service = Service(engine, params, most=2 * len(bodies))
     app = Server([service], codec, name="bench", limits=Limits(max_turns=1)).app
-    listener = socket.create_server(("127.0.0.1", 0))
-    running = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
-    thread = threading.Thread(target=running.run, kwargs={"sockets": [listener]})
-    thread.start()
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1/chat/completions"
-    command = [sys.executable, "-c", CLIENTS, url, str(clients), str(file)]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    running.should_exit = True
-    thread.join()
+    with hosting.listening(app) as address:
+      url = f"{address}/v1/chat/completions"
+      command = [sys.executable, "-c", CLIENTS, url, str(clients), str(file)]
+      out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     service.close()
     return json.loads(out)
 

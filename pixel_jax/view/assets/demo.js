@@ -1,10 +1,5 @@
 // The demo: pictures in, a question out, and the answer's events drawn as they come.
 // What the model writes is shown as text; HTML comes only from the server's renderer.
-(() => {
-"use strict";
-const $ = (s, e = document) => e.querySelector(s), $$ = (s, e = document) => [...e.querySelectorAll(s)];
-const make = (tag, css, text) => { const e = document.createElement(tag);
-  if (css) e.className = css; if (text !== undefined) e.textContent = text; return e; };
 const MOST = 45e6; // bytes of all files: in base64 they are the 64 MB that the server takes
 const { policies } = JSON.parse($("#known").textContent);
 const form = $("#ask"), question = $("#question"), shown = $("#shown"), told = $("#told");
@@ -143,4 +138,3 @@ form.onsubmit = async e => {
 };
 question.addEventListener("keydown", e => { if (e.key === "Enter" && !e.shiftKey && !e.isComposing) { e.preventDefault(); form.requestSubmit(); } });
 for (const b of $$(".example")) b.onclick = () => { files = []; example = b; question.value = b.dataset.question; drawShown(); form.requestSubmit(); };
-})();
