@@ -1,4 +1,4 @@
-"""Workdirs -> one page of tables, curves and trajectories: as a file, or while they run.
+"""Runs as a page of tables, curves and trajectories: a file, or live while they go on.
 
   pixel-jax view DIR [DIR2 ...] --out=report.html
   pixel-jax view DIR [DIR2 ...] --serve [--port=7870]

@@ -1,1 +1,1 @@
-"""One self-contained HTML page of a run; the demo draws with the same renderer."""
+"""Pages of runs, as a file and live, and the demo: one renderer, nothing fetched."""
