@@ -69,9 +69,11 @@ def of_demo(camera: Camera, root: pathlib.Path) -> None:
       ask(page, 0, 1)
       page.get_by_role("button", name="the same without looking").click()
       page.locator(".card").nth(1).get_by_text("open the trajectory").wait_for()
+      page.evaluate("scrollTo(0, 0)")
       camera.take(page, "demo")
     with camera.page(address) as page:
       ask(page, 3, 1)
+      page.evaluate("scrollTo(0, 0)")
       camera.take(page, "demo_video")
     with camera.page(address, PHONE) as page:
       ask(page, 1, 1)
