@@ -69,11 +69,11 @@ class Question:
   """What a visitor wants to know."""
 
   policy: Policy
-  codec: encode.Codec  # with operations, or without
   task: Task
   shown: dict[str, Image.Image | video.Video]  # by the names of the task's media
   wish: decode.Wish
   seed: int
+  look: bool  # False: it can begin no operation, as evaluation's "forbidden"
 
   def load_media(self, media: Media) -> Image.Image | video.Video:
     return self.shown[media.path]
@@ -121,7 +121,7 @@ class Demo:
       return _html(pages.gone(told), pages.POLICY, status=404)
     question, trajectory = self._kept[key]
     html = await run_in_threadpool(
-      pages.whole, trajectory, question.load_media, question.codec
+      pages.whole, trajectory, question.load_media, question.policy.codec
     )
     return _html(html, pages.POLICY)
 
@@ -194,10 +194,9 @@ class Demo:
         )
     names = [f"picture {i + 1}" for i in range(len(shown))]
     task = Task("question", text, "", [*map(Media, kinds, names)])
-    wish = decode.Wish(asked.temperature, asked.top_p, asked.top_k).check()
+    wish = decode.Wish(asked.temperature, asked.top_p, asked.top_k, not look).check()
     seed = secrets.randbits(62) if asked.seed is None else asked.seed
-    codec = policy.codec if look else dataclasses.replace(policy.codec, tools=False)
-    return Question(policy, codec, task, dict(zip(names, shown)), wish, seed)
+    return Question(policy, task, dict(zip(names, shown)), wish, seed, look)
 
   def _keep(self, question: Question, trajectory: Trajectory) -> str:
     """The key of its link; the oldest make room."""
@@ -220,9 +219,9 @@ class Play:
     self._sent: set[str] = set()  # pictures that the page has
     q = question
     group = Group(
-      prompt=lambda: encode.Conversation(q.codec, q.task, q.load_media),
+      prompt=lambda: encode.Conversation(q.policy.codec, q.task, q.load_media),
       keys=[key_of(q.seed, 0, "question", 0)], sampling=q.wish, script=[[]],
-      limits=limits, ended=functools.partial(self._tell, "ended"),
+      limits=limits | {"operations": q.look}, ended=functools.partial(self._tell, "ended"),
       heard=lambda sample, ids, logp: self._tell("heard", ids),
       looked=functools.partial(self._tell, "looked"),
       failed=functools.partial(self._tell, "failed"),
@@ -242,7 +241,7 @@ class Play:
 
   async def events(self) -> AsyncIterator[dict[str, Any]]:
     """What the page is told: text as it comes, the turns when one has looked, the end."""
-    words = self._question.codec.tokenizer
+    words = self._question.policy.codec.tokenizer
     text = completions.Text(words.decode)
     if self._service.load > self._service.engine.slots:
       yield {"kind": "wait"}
@@ -268,7 +267,7 @@ class Play:
     """Its turns as HTML, with the pictures that the page has not got yet."""
     q, store = self._question, {}
     html = await run_in_threadpool(
-      view.render_turns, trajectory, q.load_media, codec=q.codec, store=store
+      view.render_turns, trajectory, q.load_media, codec=q.policy.codec, store=store
     )
     new = {key: uri for key, uri in store.items() if key not in self._sent}
     self._sent |= new.keys()

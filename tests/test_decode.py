@@ -178,7 +178,7 @@ DECODE = jax.jit(decode.decode, static_argnames=("config", "stops", "lanes"))
 
 def send(
   model, cache, standing, chunk=6, banned=(), forced=None, lanes=B, prompts=None,
-  sampling=None, **kwargs,
+  sampling=None, who=None, **kwargs,
 ):  # fmt: skip
   """(cache, slots, tokens, log-probs, count)"""
   config, params = model
@@ -188,6 +188,11 @@ def send(
   kwargs = dict(stops=(END,), lanes=lanes) | kwargs
   if sampling:
     standing = standing.replace(sampling=sampling.rows(B))
+  if banned and who is None:
+    who = np.ones(B, bool)
+  if who is not None:
+    own = standing.sampling.replace(is_banned=who)
+    standing = standing.replace(sampling=own)
   banned = mask if banned else None
   prompts = prompts or alone(cache)
   return DECODE(config, params, cache, prompts, standing, forced, banned, **kwargs)
@@ -219,6 +224,18 @@ def full_logits(model, rows):
     np.full((len(rows), n), -1, np.int32),
   )
   return np.array(qwen2_5_vl.logits(config, params, hidden))
+
+
+def test_only_who_is_banned_is(model, ids):
+  """Beside those who are, the others draw what they draw without a ban, bit for bit."""
+  who, heat = np.arange(B) % 2 == 0, Wish(1.0)
+  cache = prefill(model, ids, (8,))
+  standing, ban = slots(ids, [6] * B), range(4, 30)
+  _, free, free_logp, _ = play(model, cache, standing, sampling=heat)
+  _, mixed, logp, _ = play(model, cache, standing, sampling=heat, banned=ban, who=who)
+  assert not np.isin(mixed[who], ban).any() and np.isin(free[who], ban).any()
+  np.testing.assert_array_equal(mixed[~who], free[~who])
+  np.testing.assert_array_equal(logp[~who], free_logp[~who])
 
 
 @pytest.mark.parametrize(("pieces",), rest_slow([((3, 5),), ((8,),)]))

@@ -147,10 +147,13 @@ def test_every_door_gives_the_same_answer_token_for_token(opened, address, tmp_p
         assert said["reasoning_content"] == completions.reasoning(turns)
 
 
-def test_without_looking_nothing_is_offered(opened, address):
+def test_without_looking_it_cannot_begin_a_call(opened, address):
   end = ask(address, body(picture(1), look=False))[-1]
+  looked = kept(opened, ask(address, body(picture(1)))[-1])
   t = kept(opened, end)
-  assert not t.calls and "crop_image" not in t.turns[0]["text"]
+  first = t.sampled.index(True)
+  assert t.ids[:first] == looked.ids[:first]  # as evaluation's "forbidden" asks
+  assert not t.calls and "<tool_call>" not in t.turns[-1]["text"]
 
 
 def test_mistakes_are_told(address, monkeypatch):

@@ -35,6 +35,7 @@ class Sampling:
   temperature: jax.Array  # f32[B]    0 = takes the likeliest
   top_p: jax.Array  # f32[B]    keeps the likeliest that reach this mass; 1 = all
   top_k: jax.Array  # i32[B]    keeps the k likeliest; 0 = all
+  is_banned: jax.Array  # bool[B]   never draws what `decode` bans
 
 
 class Wish(NamedTuple):
@@ -43,6 +44,7 @@ class Wish(NamedTuple):
   temperature: float = 1.0
   top_p: float = 1.0
   top_k: int = 0
+  is_banned: bool = False  # from beginning a call, where the session knows bans
 
   def check(self) -> "Wish":
     if not (self.temperature >= 0 and 0 < self.top_p <= 1 and self.top_k >= 0):
@@ -58,6 +60,7 @@ class Wish(NamedTuple):
       np.full(B, self.temperature, np.float32),
       np.full(B, self.top_p, np.float32),
       np.full(B, self.top_k, np.int32),
+      np.full(B, self.is_banned, bool),
     )
 
 
@@ -273,7 +276,7 @@ def decode(
 
   Args:
     forced: i32[B chunk], tokens to be said, step by step; -1 = free.
-    banned: bool[V], ids that are never drawn; None = any may be.
+    banned: bool[V], ids that rows with `is_banned` never draw; None = any row may.
     lanes: B' <= B: only the first so many slots decode; the others rest.
 
   Returns:
@@ -299,7 +302,7 @@ def decode(
     )  # fmt: skip
     logits = qwen2_5_vl.logits(config, params, hidden[:, 0])
     if banned is not None:
-      logits = jnp.where(banned, -jnp.inf, logits)
+      logits = jnp.where(sampling.is_banned[:, None] & banned, -jnp.inf, logits)
     # The token's index in its sequence, whichever slot and chunk it falls into.
     keys = jax.vmap(_fold_in)(key, before + length + 1)
     token, lp = sample(logits, keys, sampling, forced[:B, step])

@@ -206,7 +206,7 @@ class Engine:
       raise ValueError(
         f"{group_size=}: this engine was made for groups of at most {self.group_size}."
       )
-    wish = decode.Wish(temperature, top_p, top_k).check()
+    wish = decode.Wish(temperature, top_p, top_k, force == "answer").check()
     talk = self.codec
     if codec is not None:
       talk = dataclasses.replace(codec, resize=self.codec.resize)
@@ -224,7 +224,7 @@ class Engine:
         ended(i, finished)
 
     with self.open(
-      params, forbid_calls=force == "answer", fixed_batch=fixed_batch, most=group_size
+      params, bans=force == "answer", fixed_batch=fixed_batch, most=group_size
     ) as session:
       for i, task in enumerate(tasks):
         group = Group(
@@ -245,19 +245,19 @@ class Engine:
     self,
     params: Any,
     *,
-    forbid_calls: bool = False,
+    bans: bool = False,
     fixed_batch: bool = False,
     most: int | None = None,
   ) -> Session:
     """Conversations with one set of weights, that come and go; `run` is one of these.
 
     Args:
-      forbid_calls: no token that begins a call is ever drawn.
+      bans: whether a `Wish` may ban sequences from drawing a token that begins a call.
       fixed_batch: of `run`.
       most: samples of a group at most; None = the engine's `group_size`.
     """
     return Session(
-      self, self._table(params, self._calls if forbid_calls else [], fixed_batch),
+      self, self._table(params, self._calls if bans else [], fixed_batch),
       lanes=[self.slots] if fixed_batch else self.lanes, most=most or self.group_size,
     )  # fmt: skip
 

@@ -59,7 +59,7 @@ class Programs:
       one = jnp.ones(slots, jnp.float32)
       standing = decode.Slots(
         length=zero, last=zero, position=zero, budget=zero, key=key,
-        sampling=decode.Sampling(one, one, zero),
+        sampling=decode.Sampling(one, one, zero, zero > 0),
       )  # fmt: skip
       features = jnp.zeros((bank, config.text.width), config.dtype)
       shared = qwen2_5_vl.init_cache(config, prompts, max_prompt)

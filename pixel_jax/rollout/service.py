@@ -93,7 +93,7 @@ class Service:
   def _serve(self) -> None:
     while not self._closed:
       try:
-        with self.engine.open(self._params, fixed_batch=True) as session:
+        with self.engine.open(self._params, bans=True, fixed_batch=True) as session:
           while not self._closed:
             self._meet(session)
             if not session.done:

@@ -43,7 +43,7 @@ class Table:
     prompts: of the groups; it holds all ids but the last of each.
     slots: their standing on the device.
     group_size: samples that go on from one prompt at most.
-    banned: bool[V], ids that are never drawn; None = any may be.
+    banned: bool[V], ids that who is banned never draws; None = nobody is.
     views: lengths that "prefill" and "feed" are compiled for, ascending.
     chunk: steps of one call of "decode".
   """
@@ -82,9 +82,9 @@ class Table:
     self._forced: list[Sequence[int]] = [()] * B  # of the turn, not yet said
 
   @property
-  def _columns(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  def _columns(self) -> tuple[np.ndarray, ...]:
     s = self._sampling
-    return s.temperature, s.top_p, s.top_k
+    return s.temperature, s.top_p, s.top_k, s.is_banned
 
   # ---- New ids -----------------------------------------------------------------------
 
