@@ -3,6 +3,7 @@
 import json
 import re
 
+import apps
 import layouts
 import pytest
 
@@ -56,7 +57,7 @@ def test_packing_is_counted_as_the_packer_fills(tmp_path):
   assert patches == pytest.approx((batch["patch_image"] > 0).mean())
 
 
-def test_the_page_holds_thumbnails_and_no_markup_of_the_data(tmp_path, capsys):
+def test_the_page_holds_examples_and_no_markup_of_the_data(tmp_path, capsys):
   layouts.media_files(tmp_path)
   hostile = "<script>alert(1)</script><img src=x onerror=alert(1)>"
   lines = [
@@ -74,6 +75,9 @@ def test_the_page_holds_thumbnails_and_no_markup_of_the_data(tmp_path, capsys):
   assert page.count("data:image/jpeg;base64,") >= 7
   assert "<script" not in page and "<img src=x" not in page
   assert "&lt;script&gt;" in page
+  # ---- what was set aside, with the record and its picture ----
+  faults = page.partition('<ul class="faults">')[2].partition("</ul>")[0]
+  assert faults.count("<li>") == 2 and "{&quot;nothing&quot;: 1}" in faults
 
 
 def test_a_world_without_files_and_a_uri_that_opens_nothing(capsys):
@@ -101,3 +105,20 @@ def test_data_without_a_good_record_is_a_failure(tmp_path):
   assert inspect_data.main(["jsonl:x.jsonl", f"--root={tmp_path}"]) == 1
   uri = layouts.text_only(tmp_path, 4)
   assert inspect_data.main([uri, f"--root={tmp_path}"]) == 0
+
+
+def test_the_page_colours_what_is_learned_and_is_open_to_all(tmp_path):
+  """Of traces with planted mistakes, in a browser."""
+  uri = layouts.pixel_reasoner_sft(tmp_path, 8)
+  out = tmp_path / "page.html"
+  inspect_data.main([uri, f"--root={tmp_path}", f"--out={out}", "--tokens=1024"])
+  with apps.chromium() as browser:
+    page = browser.new_page()
+    page.goto(out.as_uri())
+    learned = page.locator(".masks .learned").all_inner_texts()
+    own = page.locator("section .masks .own").all_inner_texts()
+    assert any("boxed" in text for text in learned) and own
+    assert not any("picture" in text for text in learned)
+    assert page.locator("section rect.call").count() > 0  # boxes are drawn
+    assert page.locator(".bars").count() >= 6
+    assert apps.serious(page) == []

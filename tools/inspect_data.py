@@ -6,7 +6,8 @@
 A sample of the records is read; each is made into what `data.uri=URI` makes of
 it: a trace with its pictures, or the prompt of a question.  Printed are counts, fields,
 histograms of length and pixels, rows and packing, what is set aside and why, and one
-example with its placeholders folded; --out writes a page of thumbnails.
+example with its placeholders folded.  --out writes a page of that, with boxes drawn on the
+pictures, the tokens coloured by what is learned of them, and records that were set aside.
 
 --init is a workdir or a converted checkpoint: its tokenizer counts the tokens (without
 it the tiny one does, one token a letter), its codec gives the pixel budgets.
@@ -15,6 +16,7 @@ it the tiny one does, one token a letter), its codec gives the pixel budgets.
 import argparse
 import collections
 import dataclasses
+import json
 import math
 import pathlib
 import re
@@ -30,10 +32,9 @@ from pixel_jax.data import formats, pack, sources, world
 from pixel_jax.data.retell import retell
 from pixel_jax.run import checkpoint, policies
 from pixel_jax.trajectory import Trajectory
-from pixel_jax.view import page
-from pixel_jax.view import trajectory as view
-from pixel_jax.view.pictures import Shown, figure
-from pixel_jax.view.text import escape
+from pixel_jax.view import data as data_page
+from pixel_jax.view.data import Table
+from pixel_jax.view.pictures import Shown
 
 BARS = 40  # letters of the longest bar
 ROWS = (1024, 2048, 4096, 8192, 16384)  # buckets of tokens, with 4 patches for each
@@ -52,6 +53,15 @@ class Seen:
 
 
 @dataclasses.dataclass
+class Bad:
+  """Records that cannot be used, for one reason."""
+
+  reason: str  # as the first record says it
+  index: int
+  count: int = 0
+
+
+@dataclasses.dataclass
 class Look:
   """What was found in a source."""
 
@@ -59,14 +69,14 @@ class Look:
   read: int
   fields: collections.Counter
   seen: list[Seen]
-  bad: collections.Counter  # reasons, told by the first record that has each
+  bad: list[Bad]  # the most frequent first
 
 
 def look(source, codec: encode.Codec, most: int) -> Look:
   """Reads `most` records, drawn from a fixed seed."""
   count = min(len(source), most)
-  found = Look(len(source), count, collections.Counter(), [], collections.Counter())
-  told: dict[str, str] = {}  # without names and numbers -> as it was first said
+  found = Look(len(source), count, collections.Counter(), [], [])
+  told: dict[str, Bad] = {}  # by the reason without names and numbers
   drawn = np.random.default_rng(0).permutation(len(source))[:count]
   for i in tqdm(sorted(drawn.tolist()), desc="records", leave=False, disable=None):
     try:
@@ -76,7 +86,8 @@ def look(source, codec: encode.Codec, most: int) -> Look:
     except Exception as error:  # a decoder of a damaged file raises anything
       said = f"{type(error).__name__}: {error}"
       kind = re.sub(r"'[^']*'|\S*[/#]\S*|0x\w+|\d+", "·", said)
-      found.bad[told.setdefault(kind[:120], said[:240])] += 1
+      told.setdefault(kind[:120], Bad(said[:240], i)).count += 1
+  found.bad = sorted(told.values(), key=lambda bad: -bad.count)
   return found
 
 
@@ -106,19 +117,15 @@ def _see(source, codec: encode.Codec, i: int) -> Seen:
 # ---- Told ----------------------------------------------------------------------------
 
 
-def histogram(values: Sequence[int], bins: int = 10) -> list[str]:
-  """Lines: from, how many, a bar; the steps are those of a logarithm."""
+def histogram(values: Sequence[int], bins: int = 10) -> list[tuple[int, int, int]]:
+  """(from, to, how many); the steps are those of a logarithm."""
   values = np.asarray(values)
   low, high = max(int(values.min()), 1), max(int(values.max()), 1)
   edges = np.unique(np.geomspace(low, high + 1, bins + 1).round().astype(int))
   if len(edges) < 2:
     edges = np.array([low, high + 1])
   counts, _ = np.histogram(np.maximum(values, 1), edges)
-  top = max(counts.max(), 1)
-  return [
-    f"  {a:>10,} .. {b - 1:>10,} {n:>7,} {'█' * math.ceil(n / top * BARS)}"
-    for a, b, n in zip(edges, edges[1:], counts)
-  ]
+  return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges, edges[1:], counts)]
 
 
 def packing(examples: Sequence[encode.Example], T: int, P: int) -> tuple:
@@ -142,53 +149,66 @@ def fold(text: str) -> str:
   return PADS.sub(count, text)
 
 
-def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str]:
-  """The report as lines."""
+def tables(found: Look, T: int, P: int) -> list[Table]:
+  """Everything that is counted, as it is printed and drawn."""
   seen, kinds = found.seen, collections.Counter()
-  out = [f"{uri}: {found.records:,} records, {found.read:,} of them read"]
   for s in seen:
     shown = [m.kind for m in s.trajectory.task.media] or ["text"]
     mix = f"{len(shown)} {shown[0]}s" if len(shown) > 1 else shown[0]
     kinds[f"{s.what}, {mix}"] += 1
-  out += ["", "kinds", *(f"  {n:>7,} {kind}" for kind, n in kinds.most_common())]
-  if found.fields:
-    out += ["", "fields"]
-    out += [f"  {n:>7,} {name}" for name, n in found.fields.most_common()]
   calls = collections.Counter(
     f"{c.name or '(unreadable)'}{', fails' if c.error else ''}{', planted' * c.planted}"
     for s in seen
     for c in s.trajectory.calls
   )
-  if calls:
-    out += ["", "calls", *(f"  {n:>7,} {name}" for name, n in calls.most_common())]
-  ids = collections.Counter(s.trajectory.task.id for s in seen)
+  out = [Table("kinds", kinds.most_common())]
+  out += [Table("fields", found.fields.most_common())] if found.fields else []
+  out += [Table("calls", calls.most_common())] if calls else []
+  lengths = [len(s.example.tokens) for s in seen]
+  pixels = [n for s in seen for n in s.pixels]
+  for name, values in (("tokens", lengths), ("pixels of a picture", pixels)):
+    if values:
+      rows = [(f"{a:>10,} .. {b:>10,}", n) for a, b, n in histogram(values)]
+      out.append(Table(f"{name} (mean {np.mean(values):,.0f})", rows))
+  return out
+
+
+def buckets(found: Look, T: int, P: int) -> list[tuple]:
+  """(T, P, share that fits, rows, use of T, of P): as configured, then others."""
+  examples = [s.example for s in found.seen]
+  sizes = dict.fromkeys([(T, P), *((t, 4 * t) for t in ROWS)])
+  return [(t, p, *packing(examples, t, p)) for t, p in sizes]
+
+
+def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str]:
+  """The report as lines."""
+  out = [f"{uri}: {found.records:,} records, {found.read:,} of them read"]
+  for table in tables(found, T, P):
+    top = max((n for _, n in table.rows), default=1) or 1
+    out += ["", table.title]
+    if ".." in (table.rows or [("", 0)])[0][0]:
+      out += [
+        f"  {name} {n:>7,} {'█' * math.ceil(n / top * BARS)}" for name, n in table.rows
+      ]
+    else:
+      out += [f"  {n:>7,} {name}" for name, n in table.rows]
+  ids = collections.Counter(s.trajectory.task.id for s in found.seen)
   if doubled := [name for name, n in ids.items() if n > 1]:
     records = sum(ids[name] for name in doubled)
     out += ["", f"ids that several records share: {len(doubled)}, by {records} records, "
             f"the first is {doubled[0]!r:.60}"]  # fmt: skip
   if found.bad:
     out += ["", "set aside"]
-    out += [f"  {n:>7,} {reason}" for reason, n in found.bad.most_common(20)]
-  if not seen:
+    out += [f"  {bad.count:>7,} {bad.reason}" for bad in found.bad[:20]]
+  if not found.seen:
     return [*out, "", "no record can be used"]
-  lengths = [len(s.example.tokens) for s in seen]
-  out += ["", f"tokens (mean {np.mean(lengths):,.0f})", *histogram(lengths)]
-  pixels = [n for s in seen for n in s.pixels]
-  if pixels:
-    out += [
-      "",
-      f"pixels of a picture (mean {np.mean(pixels):,.0f})",
-      *histogram(pixels),
-    ]
   out += ["", "rows of T tokens and P patches: share that fits, rows, use of T, of P"]
-  buckets = dict.fromkeys([(T, P), *((t, 4 * t) for t in ROWS)])
-  for t, p in buckets:
-    fit, rows, tokens, patches = packing([s.example for s in seen], t, p)
+  for t, p, fit, rows, tokens, patches in buckets(found, T, P):
     mark = " <- --tokens, --patches" if (t, p) == (T, P) else ""
     out.append(
       f"  T {t:>6,} P {p:>6,} {fit:>7.1%} {rows:>7,} {tokens:>6.3f} {patches:>6.3f}{mark}"
     )
-  first = seen[len(seen) // 2]
+  first = found.seen[len(found.seen) // 2]
   text = fold(codec.tokenizer.decode(first.trajectory.ids))
   return [*out, "", f"record {first.index} as the model sees it", text]
 
@@ -197,44 +217,50 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
 
 
 def write_page(
-  out: pathlib.Path, uri: str, lines: list[str], source, found: Look, codec, most: int
+  out: pathlib.Path, uri: str, source, found: Look, codec, T: int, P: int, most: int
 ) -> int:
-  """Thumbnails of the questions, each opening into its conversation; how many."""
+  """The page; how many examples it has."""
   chosen = found.seen[:: max(1, math.ceil(len(found.seen) / most))]
-  cards = []
-  for s in chosen:
-    task = s.trajectory.task
-    pictures = []
-    for media in task.media[:4]:
-      loaded = source.load_media(media)
-      frames = loaded.frames[::4] if media.kind == "video" else [loaded]
-      pictures += [
-        figure(Shown(f, task.id), None, css="returned", caption=f"{f.width}×{f.height}")
-        for f in frames
-      ]
-    answer = task.answer if isinstance(task.answer, str) else " | ".join(task.answer)
-    whole = view.render(s.trajectory, source.load_media, codec=codec)
-    cards.append(
-      f'<section class="trajectory"><h3>{escape(task.id)}</h3>'
-      f'<div class="strip">{"".join(pictures)}</div>'
-      f'<div class="words">{escape(task.question[:400])}</div>'
-      f"<p><b>{escape(answer[:200])}</b> · {len(s.example.tokens):,} tokens</p>"
-      f'<details class="more"><summary>the conversation</summary>{whole}</details>'
-      "</section>"
-    )
-  report = escape("\n".join(lines))
+  drawn = tables(found, T, P)
+  if found.seen:
+    packed = buckets(found, T, P)
+    for i, name in ((2, "examples that fit"), (4, "use of T"), (5, "use of P")):
+      rows = [(f"T {b[0]:,}, P {b[1]:,}", b[i]) for b in packed]
+      note = f"Rows of T tokens and P patches; the first is --tokens={T} --patches={P}."
+      drawn.append(Table(name, rows, note, share=True))
+  told = f"{found.records:,} records, {found.read:,} of them read"
+  if count := sum(bad.count for bad in found.bad):
+    told += f", {count:,} set aside"
+  examples = [
+    (s.trajectory, source.load_media, f"{s.what} · {len(s.example.tokens):,} tokens")
+    for s in chosen
+  ]
+  faults = [_fault(source, bad) for bad in found.bad[:20]]
+  html = data_page.document(uri, told, drawn, faults, examples, codec)
   out.parent.mkdir(parents=True, exist_ok=True)
-  html = f"""<!doctype html><html lang="en"><head><meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(uri)}</title><style>{page.STYLE}
-section.trajectory {{ border-top: 1px solid var(--rule); padding: 16px 0 }}</style></head>
-<body><main><h1>{escape(uri)}</h1>
-<details class="more" open><summary>what it holds</summary><pre>{report}</pre></details>
-{"".join(cards)}
-</main></body></html>
-"""
-  out.write_text(html.encode("utf-8", "replace").decode(), encoding="utf-8")
+  out.write_text(html, encoding="utf-8")
   return len(chosen)
+
+
+def _fault(source, bad: Bad) -> data_page.Fault:
+  """With the record as it stands, and those of its pictures that can be opened."""
+  record, pictures = "", []
+  try:
+    if isinstance(source, sources.File):
+      record = json.dumps(source.records[bad.index], default=str, ensure_ascii=False)
+    task = source[bad.index]
+    task = task.task if isinstance(task, Trajectory) else task
+    record = record or json.dumps(dataclasses.asdict(task), default=str)
+    for media in task.media[:4]:
+      try:
+        loaded = source.load_media(media)
+        frames = loaded.frames[:4] if media.kind == "video" else [loaded]
+        pictures += [Shown(frame, str(media.path)) for frame in frames]
+      except Exception:  # it may be the reason
+        continue
+  except Exception as error:
+    record = record or f"it cannot be read: {error}"
+  return data_page.Fault(bad.reason, bad.count, bad.index, record[:4000], pictures)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -248,11 +274,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   parser.add_argument("--records", type=int, default=1000, help="to read at most")
   parser.add_argument("--tokens", type=int, default=8192, help="of a row")
   parser.add_argument("--patches", type=int, default=32768, help="of a row")
-  parser.add_argument("--thumbnails", type=int, default=60, help="on the page at most")
-  parser.add_argument("--out", type=pathlib.Path, help="write a page of thumbnails")
+  parser.add_argument("--examples", type=int, default=60, help="on the page at most")
+  parser.add_argument("--out", type=pathlib.Path, help="write a page")
   args = parser.parse_args(argv)
-  if min(args.records, args.thumbnails) < 1:
-    parser.error("--records and --thumbnails must be 1 or more")
+  if min(args.records, args.examples) < 1:
+    parser.error("--records and --examples must be 1 or more")
   with tempfile.TemporaryDirectory() as folder:
     try:
       if args.init:
@@ -268,7 +294,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = tell(args.uri, found, codec, args.tokens, args.patches)
     print("\n".join(lines))
     if args.out:
-      n = write_page(args.out, args.uri, lines, source, found, codec, args.thumbnails)
+      n = write_page(
+        args.out, args.uri, source, found, codec, args.tokens, args.patches,
+        args.examples,
+      )  # fmt: skip
       size = args.out.stat().st_size / 1e6
       print(f"\npage: {args.out.resolve()} ({n} records, {size:.1f} MB)")
   return 0 if found.seen else 1
