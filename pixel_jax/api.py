@@ -10,14 +10,19 @@ Not here: how turns are sampled (`rollout/engine.py`), what is said around pictu
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import numpy as np
 from PIL import Image
 
 from pixel_jax import answers, parallel
 from pixel_jax.chat import encode
+from pixel_jax.data import pack
+from pixel_jax.model import qwen2_5_vl
 from pixel_jax.pixels import image, ops, video
 from pixel_jax.rollout import engine
 from pixel_jax.run import policies
@@ -104,6 +109,38 @@ class Model:
     seen = [s.image for call in returned for s in call]
     return Answer(text, answers.boxed(text) or "", seen, played)
 
+  def score(
+    self,
+    trajectory: Trajectory,
+    load_media: encode.LoadMedia,
+    *,
+    temperature: float = 1.0,
+  ) -> tuple[list[float], list[float]]:
+    """How likely the policy's own tokens are to this model, by the graph that trains.
+
+    Args:
+      load_media: gives the pictures that the trajectory names; what its operations
+        returned is drawn again.
+      temperature: at which they were sampled.
+
+    Returns:
+      The log-prob of each id, and the entropy of what it was drawn from; 0 where the id
+      was not sampled.
+    """
+    policy = self.policy
+    pixels = encode.redraw(trajectory, policy.codec, load_media)
+    example = encode.example(trajectory, pixels)
+    sampled = np.array(trajectory.sampled, np.float32)
+    example = dataclasses.replace(example, weight=sampled)  # those not learned, too
+    T = _round_up(len(trajectory.ids))
+    P = _round_up(sum(pack.distinct(example).values()))
+    batch = parallel.to_devices(
+      policy.mesh, pack.collate([[example]], T, P, num_rows=1)
+    )
+    out = _token_logp(policy.config, policy.params, batch, temperature)
+    n = len(trajectory.ids)
+    return tuple(np.asarray(x)[0, :n].tolist() for x in out)
+
   def _engine(self, codec, prompt, pixels, max_turns, max_new_tokens) -> engine.Engine:
     """An engine with room for a prompt of so many tokens and for what may follow it."""
     most = {role: codec.budgets[role][1] // codec.patch**2 for role in encode.ROLES}
@@ -153,6 +190,12 @@ def load(
     mesh=parallel.make_mesh(1, 1, 1),
   )  # fmt: skip
   return Model(policy)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "temperature"))
+def _token_logp(config, params, batch, temperature):
+  where = batch.weight > 0
+  return qwen2_5_vl.token_logp(config, params, batch, temperature, where)
 
 
 def _is_path(picture: Any) -> bool:

@@ -133,6 +133,10 @@ def test_every_door_gives_the_same_answer_token_for_token(opened, address, tmp_p
       end = ask(address, {"example": name, "messages": [text], "temperature": 0})[-1]
       ids = kept(opened, end).ids
       assert ids == told.trajectory.ids == evaluated[name].ids
+      t = told.trajectory
+      logp, entropy = model.score(t, lambda media, scene=scene: scene)
+      assert logp == pytest.approx(t.logp, abs=1e-4)
+      assert all((e > 0) <= s for e, s in zip(entropy, t.sampled)) and max(entropy) > 0
       assert end["answer"] == told.answer == task.answer  # the examples work
       if isinstance(scene, Image.Image):
         buffer = io.BytesIO()

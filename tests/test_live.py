@@ -18,6 +18,7 @@ from pixel_jax.run import policies
 from pixel_jax.trajectory import Media, OpCall, Task, Trajectory
 from pixel_jax.view import curves, live, runs
 from pixel_jax.view.index import File, Index, Stored, Wish, without_numbers
+from pixel_jax.view.trajectory import Scored
 
 EVIL = '"ids": [1], "slots": [ </script><img src=x onerror=alert(1)>'
 BOX = {"bbox_2d": [0.1, 0.1, 0.4, 0.4], "target_image": 1}
@@ -231,11 +232,18 @@ def test_seeds_are_one_arm_with_a_band(tmp_path):
 # ---- The app -------------------------------------------------------------------------
 
 
+def scored(run, t):
+  if run != "rl":
+    raise ValueError("an <evaluation> has no checkpoints")
+  return Scored("checkpoint 5", [-1.0] * len(t.ids), [0.25] * len(t.ids))
+
+
 @pytest.fixture
 def address(folder, monkeypatch):
   monkeypatch.setattr(live, "EVERY", 0.0)
   found, index = opened(folder)
-  app = live.Live(found, index, world.load_media, policies.open_codec("tiny_base"))
+  codec = policies.open_codec("tiny_base")
+  app = live.Live(found, index, world.load_media, codec, score=scored)
   with hosting.listening(app.app) as address:
     yield address
 
@@ -270,6 +278,20 @@ def test_a_trajectory_and_its_pictures(address):
   assert len(picture.content) > 500
   assert httpx.get(f"{address}/picture/{rows[0]['number']}/none").status_code == 404
   assert httpx.get(f"{address}/trajectory/999").status_code == 404
+
+
+def test_every_token_by_sampler_and_trainer(address):
+  def tokens(**wish):
+    rows = httpx.get(address + "/list", params=wish).json()["rows"]
+    return httpx.get(f"{address}/tokens/{rows[0]['number']}").text
+
+  told = tokens(run="rl", step="20")
+  assert told.count("<tr") == 41 and "The trainer is checkpoint 5." in told
+  assert "<td>60.65%</td><td>36.79%</td><td>-0.5</td><td>0.250</td>" in told
+  assert "advantage +0.50" in told
+  failed = tokens(run="SFT, free")
+  assert "an &lt;evaluation&gt; has no checkpoints" in failed
+  assert failed.count("<tr") == 41 and "60.65%" in failed and "trainer −" not in failed
 
 
 def listed(page, count):
@@ -308,6 +330,8 @@ def test_the_page_in_a_browser(address, folder):
     image.wait_for()
     apps.until(page, lambda: image.evaluate("i => i.naturalWidth") == 252)
     page.locator(".pane .more summary").first.click()
+    page.locator("#pane .tokens-of summary").click()
+    page.locator("#pane .one-by-one").wait_for()
     assert apps.serious(page) == []
     # ---- the address holds what is looked at ----
     again = browser.new_page()

@@ -182,3 +182,15 @@ def test_another_config_is_told_field_by_field(tmp_path):
   (tmp_path / "config.json").unlink()
   begin(lr=0.2)
   lock.release()
+
+
+def test_a_step_of_a_run_has_the_codec_of_the_run(tmp_path):
+  """RUN/checkpoints/50 was opened with the released budgets, and saw other pictures."""
+  budgets = {"crop": [784, 784], "frame": [784, 784], "image": [784, 1568],
+             "video": [784, 784]}  # fmt: skip
+  config = {"codec": {"profile": "released", "budgets": budgets}}
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  (tmp_path / "checkpoints" / "50").mkdir(parents=True)
+  section = policies.read_codec(tmp_path / "checkpoints" / "50")
+  assert section == policies.read_codec(tmp_path)
+  assert section["budgets"]["image"] == (784, 1568)

@@ -10,7 +10,8 @@ and a band.  The file needs no server and no network; it holds --trajectories=40
 and has --megabytes=5 at most.
 
 With --serve the page grows while the runs go on, and all their trajectories can be looked
-through: by verdict, step, data, advantage or word, each beside others of its question.
+through: by verdict, step, data, advantage or word, each beside others of its question, and
+token by token as the nearest checkpoint sees it (on the CPU).
 --root=DIR: where the media lie, if not where the config says.  --index=FILE: what was read
 of the trajectories, kept for the next start (else in ~/.cache/pixel_jax/view).
 """
@@ -20,14 +21,18 @@ import hashlib
 import os
 import pathlib
 
+import jax
 import tqdm
 
+from pixel_jax import api
 from pixel_jax.chat import encode
 from pixel_jax.data import media
 from pixel_jax.evals import protocol
 from pixel_jax.run import policies
+from pixel_jax.trajectory import Trajectory
 from pixel_jax.view import charts, report, runs
 from pixel_jax.view.index import Index, Stored
+from pixel_jax.view.trajectory import Scored
 
 
 def open_trajectories(found: list[runs.Run], index: Index) -> list[runs.Run]:
@@ -73,6 +78,31 @@ def write_report(found: list[runs.Run], look, args: argparse.Namespace) -> None:
     print(f"figure: {args.figure.resolve()}")
 
 
+class Trainer:
+  """Asks checkpoints what they say of a trajectory, by the graph that trains."""
+
+  def __init__(self, found: list[runs.Run], look):
+    self._runs, self._look = {run.name: run for run in found}, look
+    self._models: dict[pathlib.Path, api.Model] = {}
+
+  def __call__(self, name: str, t: Trajectory) -> Scored:
+    """By the checkpoint of the run that is nearest to the policy that sampled."""
+    if name not in self._runs:
+      raise ValueError("an evaluation has no checkpoints")
+    run = self._runs[name]
+    steps = [int(p.name) for p in (run.folder / "checkpoints").glob("[0-9]*")]
+    if not steps:
+      raise ValueError(f"{run.folder} has no checkpoint")
+    step = min(steps, key=lambda s: (abs(s - t.policy_step), s))
+    folder = run.folder / "checkpoints" / str(step)
+    if folder not in self._models:
+      self._models = {folder: api.load(folder)}  # one at a time: they may be large
+    heat = run.config.get("rollout", {}).get("temperature", 1.0)
+    logp, entropy = self._models[folder].score(t, self._look, temperature=heat)
+    by = f"checkpoint {step}, the rollout was sampled after {t.policy_step} updates"
+    return Scored(by, logp, entropy)
+
+
 def serve(found: list[runs.Run], look, args: argparse.Namespace) -> None:
   from pixel_jax import hosting  # here: a file needs no server
   from pixel_jax.view import live
@@ -88,7 +118,11 @@ def serve(found: list[runs.Run], look, args: argparse.Namespace) -> None:
   with tqdm.tqdm(total=size, unit="B", unit_scale=True, desc="trajectories") as bar:
     index.update(files, bar.update, runs.warn)
   hosts = live.LOOPBACK if hosting.is_loopback(listener) else ["*"]
-  app = live.Live(found, index, look, open_codec(found), title=args.title, hosts=hosts)
+  jax.config.update("jax_platforms", "cpu")  # the accelerator is the run's
+  app = live.Live(
+    found, index, look, open_codec(found), score=Trainer(found, look),
+    title=args.title, hosts=hosts,
+  )  # fmt: skip
   host, port = listener.getsockname()[:2]
   print(f"open http://{host}:{port} in a browser; index: {kept}; Ctrl-C ends it")
   hosting.run(app.app, listener)

@@ -193,7 +193,7 @@ def open_codec(
     section = read_codec(root)
   if hf.is_checkpoint(root):
     vision = model_config.from_hf(hf.read_config(root)).vision
-  elif (root / checkpoint.PARAMS).is_dir() or (root / "checkpoints").is_dir():
+  elif checkpoint.holds_params(root):
     vision = model_config.from_hf(checkpoint.load_extra(root)["model"]).vision
   return make_codec(words, section, vision)
 
@@ -204,6 +204,7 @@ OURS = "pixel_jax.json"
 
 def read_codec(root: bucket.Folder) -> dict[str, Any]:
   """The `config.codec` that a folder was trained with; {} where it does not say."""
+  root = _run_of(root)
   for file in (root / OURS, root / "tokenizer" / OURS, root / "config.json"):
     if file.is_file():
       section = json.loads(file.read_text(encoding="utf-8")).get("codec", {})
@@ -222,8 +223,13 @@ def _words_of(root: bucket.Folder) -> bucket.Folder:
   """Where the tokenizer of a policy lies; of RUN/checkpoints/50 it is that of the run."""
   if hf.is_checkpoint(root):
     return root
+  return _run_of(root) / "tokenizer"
+
+
+def _run_of(root: bucket.Folder) -> bucket.Folder:
+  """RUN of RUN/checkpoints/50; else the folder itself."""
   is_step = root.parent.name == "checkpoints" and not (root / "tokenizer").is_dir()
-  return (root.parent.parent if is_step else root) / "tokenizer"
+  return root.parent.parent if is_step else root
 
 
 def _load_tokenizer(folder: bucket.Folder) -> tokenizer.Tokenizer:

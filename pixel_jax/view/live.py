@@ -11,8 +11,9 @@ import asyncio
 import base64
 import collections
 import dataclasses
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -22,6 +23,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
+from pixel_jax.trajectory import Trajectory
 from pixel_jax.view import curves, page, runs, table
 from pixel_jax.view import trajectory as view
 from pixel_jax.view.index import VERDICTS, Index, Row, Wish
@@ -51,6 +53,8 @@ class Live:
     found: the runs; their metrics are read on.
     index: of their trajectories.
     codec: None where no run kept its own: then crops are not drawn.
+    score: asks the trainer's graph of a run for what it says of a trajectory; it may
+      take seconds, and raise.  None = nobody is asked.
     hosts: names by which the page may be asked for; "*" = any.
   """
 
@@ -61,12 +65,14 @@ class Live:
     load_media: LoadMedia,
     codec,
     *,
+    score: Callable[[str, Trajectory], view.Scored] | None = None,
     title: str = "",
     hosts: Sequence[str] = LOOPBACK,
   ):
     self._runs, self._index, self._look = list(found), index, load_media
-    self._codec, self._title = codec, title or "Runs"
+    self._codec, self._score, self._title = codec, score, title or "Runs"
     self._asked, self._lock = 0.0, asyncio.Lock()
+    self._scoring = threading.Lock()
     self._drawn = 0  # grows with the metrics
     self._pictures: collections.OrderedDict[int, dict[str, str]] = (
       collections.OrderedDict()
@@ -79,6 +85,7 @@ class Live:
         Route("/curves", self.curves),
         Route("/list", self.list),
         Route("/trajectory/{number:int}", self.trajectory),
+        Route("/tokens/{number:int}", self.tokens),
         Route("/picture/{number:int}/{key}", self.picture),
       ],
       middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts))],
@@ -185,6 +192,28 @@ server.</footer>
     except KeyError:
       return _html('<p class="missing">It is gone: its file has changed.</p>', 404)
 
+  async def tokens(self, request: Request) -> Response:
+    try:
+      return _html(await run_in_threadpool(self._tell, request.path_params["number"]))
+    except KeyError:
+      return _html('<p class="missing">It is gone: its file has changed.</p>', 404)
+
+  def _tell(self, number: int) -> str:
+    """Its tokens one by one; one at a time asks the trainer."""
+    row, t = self._index.row(number), self._index.read(number)
+    if row is None:
+      raise KeyError(number)
+    if self._codec is None:
+      return '<p class="note">No run kept its tokenizer.</p>'
+    scored, failed = None, ""
+    if self._score is not None:
+      try:
+        with self._scoring:
+          scored = self._score(row.run, t)
+      except Exception as error:  # a checkpoint that is being written, say
+        failed = f'<p class="missing">the trainer cannot be asked: {escape(error)}</p>'
+    return failed + view.token_table(t, self._codec, scored)
+
   async def picture(self, request: Request) -> Response:
     number, key = request.path_params["number"], request.path_params["key"]
     try:
@@ -212,7 +241,11 @@ server.</footer>
     while len(self._pictures) > KEPT:
       self._pictures.popitem(last=False)
     beside = _chips(row, *self._index.same_question(row))
-    return f'<div data-number="{number}">{beside}{html}</div>'
+    tokens = (
+      f'<details class="more tokens-of" data-tokens="{number}"><summary>every token of the '
+      "policy: sampler and trainer</summary><p>asking …</p></details>"
+    )
+    return f'<div data-number="{number}">{beside}{html}{tokens}</div>'
 
 
 def _is_evaluation(run: runs.Run) -> bool:

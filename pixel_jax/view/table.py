@@ -140,7 +140,7 @@ def render(evaluation: dict | None) -> str:
   if ns:
     facts.append(f"n = {' / '.join(map(str, ns))} a cell")
   note = f"{', '.join(facts)}. " if facts else ""
-  return f"""<div class="wide"><table><thead><tr>{heads}</tr></thead>
+  return f"""<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead>
 <tbody>{"".join(body)}</tbody></table></div>
 <p class="note">{note}Per cent, with 95 % intervals. RaPR: the share of rollouts with at
 least one successful operation. Covers: of the rollouts that operated, the share whose
@@ -229,5 +229,5 @@ def breakdown(rows: list[dict]) -> str:
     )
   )
   return f"""<details class="more"><summary>By kind of question</summary>
-<div class="wide"><table><thead><tr>{heads}</tr></thead>
+<div class="wide" tabindex="0"><table><thead><tr>{heads}</tr></thead>
 <tbody>{"".join(lines)}</tbody></table></div></details>"""

@@ -8,6 +8,7 @@ it reaches the page as markup.  Pictures are data URIs, in place or, when the ca
 hands over a `store`, once per distinct picture.
 """
 
+import dataclasses
 import json
 import math
 import re
@@ -111,6 +112,46 @@ def tokens_html(trajectory: Trajectory, codec) -> list[str]:
     spans += [f"<em>… {more} more</em>"] if more > 0 else []
     out.append(f'<div class="tokens">{"".join(spans)}</div>')
   return out
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """What the trainer's graph says of a trajectory's ids."""
+
+  by: str  # which weights
+  logp: list[float]
+  entropy: list[float]
+
+
+def token_table(trajectory: Trajectory, codec, scored: Scored | None) -> str:
+  """Every token of the policy: how likely it was to the sampler, and to the trainer."""
+  t, rows, turn = trajectory, [], 0
+  for i, sampled in enumerate(t.sampled):
+    if not sampled:
+      continue
+    turn += not (i and t.sampled[i - 1])
+    ours = math.exp(min(t.logp[i], 0.0))
+    cells = [str(turn), codec.tokenizer.decode([t.ids[i]]), f"{ours:.2%}"]
+    if scored:
+      theirs = math.exp(min(scored.logp[i], 0.0))
+      gap = scored.logp[i] - t.logp[i]
+      cells += [f"{theirs:.2%}", f"{gap:+.2g}", f"{scored.entropy[i]:.3f}"]
+    cells.append("learned" if t.weight[i] else "masked")
+    css = "" if t.weight[i] else ' class="unlearned"'
+    drawn = "".join(f"<td>{escape(cell)}</td>" for cell in cells)
+    rows.append(f"<tr{css}>{drawn}</tr>")
+    if len(rows) == MOST_TOKENS:
+      break
+  heads = ["turn", "token", "sampler"]
+  heads += ["trainer", "log-prob, trainer − sampler", "entropy"] if scored else []
+  heads = "".join(f"<th>{h}</th>" for h in (*heads, "loss"))
+  by = f"The trainer is {escape(scored.by)}. " if scored else ""
+  advantage = f"Every learned token has the advantage {t.advantage:+.2f}. "
+  return (
+    f'<p class="note">{by}{advantage if t.advantage else ""}</p><div class="wide" tabindex="0">'
+    f'<table class="one-by-one"><thead><tr>{heads}</tr></thead>'
+    f"<tbody>{''.join(rows)}</tbody></table></div>"
+  )
 
 
 # ---- The fragment --------------------------------------------------------------------

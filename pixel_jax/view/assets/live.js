@@ -65,6 +65,10 @@ const pin = () => {
   pinned.replaceChildren(...(kept && !same ? [kept.cloneNode(true)] : []));
   pinned.hidden = !pinned.children.length; $(".panes").classList.toggle("two", !pinned.hidden);
 };
+document.addEventListener("toggle", async e => { const d = e.target; // what is computed only when it is asked for
+  if (!d.open || !d.dataset.tokens || d.dataset.asked) return;
+  d.dataset.asked = "1"; const html = await (await ask("/tokens/" + d.dataset.tokens)).text();
+  d.innerHTML = d.querySelector("summary").outerHTML + html; }, true);
 document.addEventListener("click", e => { const a = e.target.closest(".list a, .group a");
   if (a) { e.preventDefault(); open(+a.hash.slice(1), true); } });
 
