@@ -121,8 +121,13 @@ def lora():
 
 
 def wandb():
-  """Keyword arguments of `run.metrics.start_wandb`; without a project there is none."""
+  """Keyword arguments of `run.trackers.Wandb`; without a project there is none."""
   return dict(project="", entity="", name="", mode="online")
+
+
+def mlflow():
+  """Keyword arguments of `run.trackers.Mlflow`; without a uri there is none."""
+  return dict(uri="", experiment="", name="")
 
 
 def mesh(size):

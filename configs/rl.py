@@ -87,6 +87,7 @@ def get_config(arg="tiny"):
   )
   c.checkpoint = dict(keep=3, keep_best="eval/accuracy")  # checkpoint.Checkpoints
   c.wandb = common.wandb()
+  c.mlflow = common.mlflow()
   if tiny:
     c.total_steps = 150
     c.save_every = 50

@@ -94,6 +94,7 @@ def get_config(arg="tiny"):
   c.synthesis = {}  # synthesis.templates.Templates; {} = the data has traces
   c.checkpoint = dict(keep=3, keep_best="eval/loss")  # checkpoint.Checkpoints
   c.wandb = common.wandb()
+  c.mlflow = common.mlflow()
   if tiny:
     c.data.update(
       uri="world:train", rows=16, tokens=128, patches=192, pack_window=32, shards=4

@@ -29,7 +29,7 @@ PROGRAMS = {
 }
 # Packages that some programs need, and the extra that brings them.
 EXTRAS = {
-  "torch": "parity", "openai": "synthesis", "wandb": "wandb",
+  "torch": "parity", "openai": "synthesis", "wandb": "wandb", "mlflow": "mlflow",
   "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 

@@ -34,6 +34,7 @@ from pixel_jax.pixels import image, ops
 from pixel_jax.rl import advantages, objectives, replay, rewards
 from pixel_jax.rollout import engine, fleet
 from pixel_jax.run import checkpoint, metrics, optim, preemption, settings, start
+from pixel_jax.view import panel
 
 
 def main(config, workdir):
@@ -89,7 +90,7 @@ def main(config, workdir):
       buffer.set_state(of_host["replay"][str(s)])
   writer = metrics.Writer(
     workdir, first_step=first, total_steps=config.total_steps, wandb=config.wandb,
-    config=config.to_dict(),
+    mlflow=config.mlflow, config=config.to_dict(),
   )  # fmt: skip
 
   def progress():
@@ -137,8 +138,10 @@ def main(config, workdir):
     writer.write(step, m, tokens=n["sampled"], flops=cost)
     if settings.due(step, config.keep_trajectories_every, config.total_steps):
       name = trajectory.host_file(f"step_{step:06d}", **host)
-      played = (f.trajectory for group in groups for f in group)
+      played = [f.trajectory for group in groups for f in group]
       trajectory.write_jsonl(workdir / "trajectories" / name, played)
+      look = asked.load_media
+      writer.show(step, panel.draw_some, played, look, policy.codec)
     if settings.due(step, config.save_every):
       saver.save(step, state, reached, m)
 

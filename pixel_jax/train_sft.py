@@ -85,7 +85,7 @@ def main(config, workdir):
     train.set_state(of_host["data"])
   writer = metrics.Writer(
     workdir, first_step=first, total_steps=config.total_steps, wandb=config.wandb,
-    config=config.to_dict(),
+    mlflow=config.mlflow, config=config.to_dict(),
   )  # fmt: skip
 
   # ---- Loop --------------------------------------------------------------------------

@@ -75,7 +75,8 @@ MINUS_ONE = {"mesh.data", "mesh.fsdp", "mesh.tensor"}
 TEXT = {
   "init", "judge", "topology", "accelerator", "policies", "local", "data.uri",
   "data.root", "data.layout", "eval.uri", "teacher.model", "checkpoint.keep_best",
-  "wandb.project", "wandb.entity", "wandb.name",
+  "wandb.project", "wandb.entity", "wandb.name", "mlflow.uri", "mlflow.experiment",
+  "mlflow.name",
 }  # fmt: skip
 
 

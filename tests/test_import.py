@@ -61,6 +61,7 @@ def test_everything_imported_is_a_declared_dependency():
   declared = {re.split(r"[\[<>=;]", d)[0].lower() for d in project["dependencies"]}
   optional = {
     "wandb",
+    "mlflow",
     "torch",
     "openai",
     "starlette",

@@ -1,6 +1,9 @@
 """The log of a run: what is written, what a restart cuts off, what MFU is of."""
 
 import json
+import math
+import sys
+import time
 import types
 
 import jax
@@ -8,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorboardX
+from PIL import Image
 
 from pixel_jax.run import metrics, settings
 
@@ -145,12 +149,59 @@ def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
   assert shown[0].startswith("step 1/10, ") and "loss 0.5" in shown[0]
 
 
-def test_a_missing_wandb_says_what_to_install(tmp_path, monkeypatch):
-  import sys
+PICTURE = Image.new("RGB", (40, 30), (200, 40, 40))
 
-  monkeypatch.setitem(sys.modules, "wandb", None)
-  with pytest.raises(settings.ConfigError, match=r"pip install 'pixel_jax\[wandb\]'"):
-    metrics.Writer(tmp_path, wandb={"project": "x"})
+
+@pytest.mark.parametrize("name, key", [("wandb", "project"), ("mlflow", "uri")])
+def test_a_missing_tracker_says_what_to_install(name, key, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, name, None)
+  with pytest.raises(settings.ConfigError, match=rf"pip install 'pixel_jax\[{name}\]'"):
+    metrics.Writer(tmp_path, **{name: {key: "x"}})
+
+
+def test_mlflow_goes_on_with_the_same_run(tmp_path, monkeypatch):
+  """The real package, on a folder of its own."""
+  mlflow = pytest.importorskip("mlflow")
+  monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # else it wants a server
+  told = {"uri": f"file://{tmp_path}/runs", "experiment": "pixels", "name": ""}
+  config = {"optim": {"lr": 0.1}, "codec": {"budgets": list(range(3000))}}
+  workdir = tmp_path / "run"
+  for first in (0, 2):
+    writer = metrics.Writer(workdir, first_step=first, mlflow=told, config=config)
+    writer.write(first + 1, {"loss": 0.5 + first, "reward/mean": math.nan})
+    writer.show(first + 1, lambda: {"looked": PICTURE})
+    writer.close()
+  client = mlflow.MlflowClient(told["uri"])
+  run = client.get_run((workdir / "mlflow_id").read_text().strip())
+  assert run.info.run_name == "run" and run.data.params["optim.lr"] == "0.1"
+  history = client.get_metric_history(run.info.run_id, "loss")
+  assert [(m.step, m.value) for m in history] == [(1, 0.5), (3, 2.5)]
+
+
+def test_tensorboard_holds_pictures_and_the_config(tmp_path):
+  config = {"optim": {"lr": 0.1}, "freeze": ["vision"]}
+  writer = metrics.Writer(tmp_path, config=config)
+  writer.write(1, {"loss": 0.5})
+  writer.show(1, lambda: {"looked": PICTURE})
+  writer.write(2, {"loss": 0.4})
+  writer.show(2, lambda: {"looked": PICTURE})
+  writer.close()
+
+  def seen():
+    events = [
+      event
+      for path in (tmp_path / "tensorboard").rglob("*tfevents*")
+      for _, event in metrics._read_events(path.read_bytes())
+    ]
+    values = [(e.step, v) for e in events for v in e.summary.value]
+    pictures = [s for s, v in values if v.tag.startswith("trajectories/looked")]
+    return pictures, [v.tag for _, v in values if "hparams" in v.tag]
+
+  pictures, told = seen()
+  assert pictures == [1, 2] and "_hparams_/session_start_info" in told
+  metrics.cut_back(tmp_path, 1)  # a resumed run
+  pictures, told = seen()
+  assert pictures == [1] and "_hparams_/session_start_info" in told
 
 
 def test_wandb_goes_on_with_the_same_run(tmp_path):
@@ -163,14 +214,21 @@ def test_wandb_goes_on_with_the_same_run(tmp_path):
       tmp_path, first_step=first, wandb=told, config={"optim": {"lr": 0.1}}
     )
     writer.write(first + 1, {"loss": 0.5})
-    run = writer._wandb
+    run = writer._trackers[1].run
+    writer.show(first + 1, lambda: {"looked": PICTURE})
     ids.append(run.id)
     assert (run.project, run.name) == ("pixels", tmp_path.name)
     assert run.config["optim"] == {"lr": 0.1}
     writer.close()
   assert ids[0] == ids[1] == (tmp_path / "wandb_id").read_text().strip()
   logs = sorted((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
-  assert len(logs) == 2 and all(b"loss" in file.read_bytes() for file in logs)
+  # W&B's own process writes; on a busy machine `finish` returns before it has.
+  deadline = time.monotonic() + 60
+  while not all(b"loss" in file.read_bytes() for file in logs):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  assert len(logs) == 2
+  assert list((tmp_path / "wandb").rglob("media/images/trajectories/*.png"))
   metrics.Writer(tmp_path, first_step=3, wandb=told | {"project": ""}).close()
   assert len(list((tmp_path / "wandb").glob("offline-run-*"))) == 2
 

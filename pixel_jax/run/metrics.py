@@ -12,19 +12,18 @@ import json
 import math
 import pathlib
 import re
-import secrets
 import shutil
 import struct
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import tqdm
+from PIL import Image
 
-from pixel_jax.run import bucket
-from pixel_jax.run.settings import ConfigError
+from pixel_jax.run import bucket, trackers
 
 # Dense bf16 peak of one jax device, FLOP/s (limits.md 2.1; a v7x chip is two).
 PEAK_FLOPS = {
@@ -56,8 +55,8 @@ class Writer:
     first_step: finished steps of the checkpoint that the run goes on from; what an
       earlier, killed process wrote after it is cut off (`cut_back`).
     total_steps: where the progress bar ends; None shows none.
-    wandb: arguments of `start_wandb`; None, or without a project, does without.
-    config: of the run, for W&B.
+    wandb, mlflow: of `trackers.open_trackers`.
+    config: of the run, for the trackers.
   """
 
   def __init__(
@@ -67,28 +66,26 @@ class Writer:
     first_step: int = 0,
     total_steps: int | None = None,
     wandb: Mapping[str, str] | None = None,
+    mlflow: Mapping[str, str] | None = None,
     config: Mapping[str, Any] | None = None,
   ):
     self._root = pathlib.Path(workdir).expanduser().resolve()
     self._seconds: dict[str, float] = {}
-    self._bar = self._board = self._wandb = self._file = None
+    self._bar = self._file = None
+    self._trackers: list[trackers.Tracker] = []
     self._printed = -math.inf
     if jax.process_index() == 0:
-      import tensorboardX  # here: it imports torch where that is installed, a second
-
       self._root.mkdir(parents=True, exist_ok=True)
       cut_back(self._root, first_step)
       self._file = (self._root / "metrics.jsonl").open("a", encoding="utf-8")
-      # The suffix: names count in seconds, and a quick restart would overwrite a file.
-      self._board = tensorboardX.SummaryWriter(
-        str(self._root / "tensorboard"), filename_suffix=f".{first_step}"
-      )
+      self._trackers = trackers.open_trackers(
+        self._root, first_step=first_step, config=config or {}, wandb=wandb or {},
+        mlflow=mlflow or {},
+      )  # fmt: skip
       if total_steps is not None:
         self._bar = tqdm.tqdm(
           total=total_steps, initial=first_step, dynamic_ncols=True, disable=None
         )
-      if wandb and wandb["project"]:
-        self._wandb = start_wandb(self._root, config, **wandb)
     count_compiles()
     self._since = time.perf_counter()
 
@@ -140,26 +137,32 @@ class Writer:
     finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
     self._file.write(json.dumps({"step": step, **finite}) + "\n")
     self._file.flush()
-    for k, v in numbers.items():
-      self._board.add_scalar(k, v, step)
-    self._board.flush()  # by itself every two minutes: a kill would take them along
-    if self._wandb is not None:
-      self._wandb.log(numbers, step=step)
+    for tracker in self._trackers:
+      tracker.write(step, numbers)
     if self._bar is not None:
       self._show(step, numbers)
+
+  def show(
+    self, step: int, draw: Callable[..., Mapping[str, Image.Image]], *args: Any
+  ) -> None:
+    """Pictures of a step for the trackers; `draw(*args)` is called where they are kept."""
+    if self._trackers:
+      pictures = draw(*args)
+      for tracker in self._trackers:
+        tracker.show(step, pictures)
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
-      self._board.close()
       if self._bar is not None:
         self._bar.close()
-    if self._wandb is not None:
-      self._wandb.finish()
+    for tracker in self._trackers:
+      tracker.close()
 
   def _show(self, step: int, numbers: Mapping[str, float]) -> None:
     """The bar on a terminal; in a log file a plain line every ten seconds."""
-    main = {name: f"{numbers[k]:.3g}" for k, name in MAIN.items() if k in numbers}
+    names = (OF_RL if "reward/mean" in numbers else OF_SFT) | OF_ALL
+    main = {name: f"{numbers[k]:.3g}" for k, name in names.items() if k in numbers}
     bar = self._bar
     if not bar.disable:
       bar.set_postfix(main, refresh=False)
@@ -174,53 +177,15 @@ class Writer:
       print(line, file=sys.stderr, flush=True)
 
 
-MAIN = {  # what the progress bar shows, where a run has it
-  "loss": "loss",
-  "reward/correct": "correct",
+# What the progress bar shows, where a run has it; a narrow terminal cuts the end off.
+OF_RL = {
+  "reward/mean": "reward",
   "ops/rapr": "rapr",
-  "policy/entropy": "entropy",
+  "reward/correct": "correct",
   "eval/accuracy": "accuracy",
-  "perf/tokens_per_s": "tok/s",
 }
-
-
-def start_wandb(
-  root: pathlib.Path,
-  config: Mapping[str, Any] | None = None,
-  *,
-  project: str,
-  entity: str = "",
-  name: str = "",
-  mode: Literal["online", "offline"] = "online",
-) -> Any:
-  """A run of W&B (extra [wandb]); that of this workdir goes on, its id lies in wandb_id.
-
-  Args:
-    project: "" = no W&B.
-    entity: user or team; "" = the default of the account.
-    name: of the run; "" = that of the workdir.
-    mode: "offline" writes into WORKDIR/wandb, which `wandb sync` uploads.
-  """
-  try:
-    import wandb
-  except ImportError as error:
-    raise ConfigError(
-      "config.wandb.project is set, but wandb is not installed: pip install "
-      "'pixel_jax[wandb]'"
-    ) from error
-  file = root / "wandb_id"
-  known = file.read_text().strip() if file.exists() else secrets.token_hex(4)
-  try:
-    run = wandb.init(
-      dir=str(root), id=known, resume="allow", project=project, entity=entity or None,
-      name=name or root.name, mode=mode, config=dict(config or {}),
-    )  # fmt: skip
-  except Exception as error:  # no key, no network
-    raise ConfigError(
-      f"config.wandb: {error}; `wandb login`, or --config.wandb.mode=offline"
-    ) from error
-  file.write_text(known + "\n")
-  return run
+OF_SFT = {"loss": "loss", "eval/loss": "held out", "policy/entropy": "entropy"}
+OF_ALL = {"perf/tokens_per_s": "tok/s", "perf/mfu": "mfu"}
 
 
 # ---- Going back ----------------------------------------------------------------------

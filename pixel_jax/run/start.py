@@ -20,7 +20,16 @@ from pixel_jax.chat import encode, tokenizer
 from pixel_jax.data import pipeline, sources
 from pixel_jax.model import lora
 from pixel_jax.model.config import ModelConfig
-from pixel_jax.run import bucket, checkpoint, lock, metrics, optim, policies, settings
+from pixel_jax.run import (
+  bucket,
+  checkpoint,
+  lock,
+  metrics,
+  optim,
+  policies,
+  settings,
+  trackers,
+)
 from pixel_jax.run.policies import Policy
 from pixel_jax.run.settings import ConfigError
 
@@ -39,14 +48,15 @@ SECTIONS = {
   "mesh": (parallel.make_mesh,),
   "optim": (optim.make, optim.Guard),
   "checkpoint": (checkpoint.Checkpoints,),
-  "wandb": (metrics.start_wandb,),
+  "wandb": (trackers.Wandb,),
+  "mlflow": (trackers.Mlflow,),
 }
 
 
 # What may change when a run goes on: beginnings of paths that no step depends on.
 FREE = (
   "total_steps", "save_every", "eval_every", "keep_trajectories_every", "data.changed",
-  "checkpoint.", "wandb.",
+  "checkpoint.", "wandb.", "mlflow.",
 )  # fmt: skip
 
 

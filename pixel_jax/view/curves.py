@@ -119,8 +119,8 @@ def _differences(some: list[Run]) -> str:
     if body:
       heads = "".join(f"<th>{escape(name)}</th>" for name, _ in arms)
       out.append(
-        f'<div class="wide" tabindex="0"><table class="differences"><thead><tr><th>differs</th>{heads}'
-        f"</tr></thead><tbody>{body}</tbody></table></div>"
+        '<div class="wide" tabindex="0"><table class="differences"><thead><tr>'
+        f"<th>differs</th>{heads}</tr></thead><tbody>{body}</tbody></table></div>"
       )
   return "".join(out)
 

@@ -148,8 +148,9 @@ def token_table(trajectory: Trajectory, codec, scored: Scored | None) -> str:
   by = f"The trainer is {escape(scored.by)}. " if scored else ""
   advantage = f"Every learned token has the advantage {t.advantage:+.2f}. "
   return (
-    f'<p class="note">{by}{advantage if t.advantage else ""}</p><div class="wide" tabindex="0">'
-    f'<table class="one-by-one"><thead><tr>{heads}</tr></thead>'
+    f'<p class="note">{by}{advantage if t.advantage else ""}</p>'
+    '<div class="wide" tabindex="0"><table class="one-by-one">'
+    f"<thead><tr>{heads}</tr></thead>"
     f"<tbody>{''.join(rows)}</tbody></table></div>"
   )
 
