@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl
-from pixel_jax.run import checkpoint
+from pixel_jax.run import checkpoint, policies
 from pixel_jax.tools import convert
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -106,9 +106,44 @@ def test_export_of_a_workdir(source, tmp_path):
   saver.save(1, {"params": jax.tree.map(lambda x: 0 * x, params), "step": jnp.int32(1)})
   saver.save(2, {"params": params, "step": jnp.int32(2)})
   saver.close()
-  out = tmp_path / "out"
-  assert _convert("export", f"--checkpoint={tmp_path / 'run'}", f"--out={out}") == 0
+  # ---- what the card tells of ----
+  run, sft, out = tmp_path / "run", tmp_path / "sft", tmp_path / "out"
+  sft.mkdir()
+  began = {
+    "total_steps": 7,
+    "init": "/home/me/Qwen2.5-VL",
+    "data": {"uri": "json:a.json"},
+  }
+  (sft / "config.json").write_text(json.dumps(began))
+  reward = {"variant": "paper", "alpha": 0.5, "beta": 0.05, "H": 0.3, "N": 1}
+  rl = {"prompts_per_step": 512, "group_size": 8}
+  trained = {"total_steps": 2, "init": str(sft), "reward": reward, "rl": rl, "seed": 3}
+  (run / "config.json").write_text(json.dumps(trained))
+  (run / "tokenizer").mkdir()
+  for file in policies.TINY_BASE.glob("tokenizer*.json"):
+    shutil.copy(file, run / "tokenizer")
+  scored = {"accuracy": 0.5, "ci": [0.4, 0.6], "n": 100, "hash": "abc"}
+  row = {"name": "RL", "policy": str(run), "benchmark": "vstar", "protocol": "pixel"}
+  row |= {"weights": checkpoint.fingerprint(run), "modes": {"free": scored}}
+  other = row | {"name": "SFT", "weights": "of others", "benchmark": "hrbench4k"}
+  (tmp_path / "evaluation.json").write_text(json.dumps({"rows": [other, row]}))
+  words = f"--checkpoint={run}", f"--scores={tmp_path}", f"--out={out}"
+  assert _convert("export", *words) == 0
   _check_equal(_read(out), _read(source))
+  card = (out / "README.md").read_text()
+  assert 'base_model: "Qwen2.5-VL"' in card and "/home/me" not in card
+  first, second = (x for x in card.splitlines() if x.startswith("- ") and "steps" in x)
+  assert first.startswith("- Supervised fine-tuning (`sft`): 7 steps")
+  assert (
+    "512 questions a step with 8 answers each" in second and "alpha = 0.5" in second
+  )
+  assert "| vstar | pixel | free | 100 | 50.0 [40.0, 60.0] | `abc` |" in card
+  assert "hrbench4k" not in card
+  # ---- an earlier step: the run's tokenizer, and no score of other weights ----
+  words = f"--checkpoint={run / 'checkpoints' / '1'}", f"--out={tmp_path / 'one'}"
+  assert _convert("export", *words, f"--scores={tmp_path}") == 2
+  assert _convert("export", *words) == 0
+  assert (tmp_path / "one" / "tokenizer.json").is_file()
 
 
 def _adapted(source):

@@ -2,13 +2,15 @@
 
   pixel-jax convert import --hf=DIR --out=DIR [--dtype=float32|bfloat16]
   pixel-jax convert import --checkpoint=DIR --adapter=DIR --out=DIR
-  pixel-jax convert export --checkpoint=DIR --out=DIR [--dtype=bfloat16|float32]
+  pixel-jax convert export --checkpoint=DIR --out=DIR [--scores=EVAL]
+    [--dtype=bfloat16|float32]
   pixel-jax convert export --checkpoint=DIR --adapter --out=DIR
 
 What import writes is what `--config.init=DIR` takes: params/ (orbax), extra.json and
 tokenizer/.  Training every weight wants float32, which holds a bfloat16 file exactly;
 under LoRA the base may be bfloat16.  Export takes that, or the workdir of a run (its
-newest step), and writes a folder that transformers and vLLM load, adapters merged.
+newest step), and writes a folder that transformers and vLLM load, adapters merged, with a
+model card: what the runs behind it were, and its rows of the evaluation in EVAL.
 
 --adapter is PEFT's layout: a folder to put on the imported model, or on a checkpoint
 of ours; on export, write only the adapters.
@@ -30,6 +32,7 @@ from pixel_jax import parallel
 from pixel_jax.model import config as model_config
 from pixel_jax.model import hf, lora, peft, qwen2_5_vl, table
 from pixel_jax.run import checkpoint, policies
+from pixel_jax.tools import card
 
 
 def import_hf(source: str, out: str, dtype: str, adapter: str | None = None) -> None:
@@ -77,28 +80,36 @@ def _finish(out, config, params, extra, companions, adapter) -> None:
     )
 
 
-def export_hf(source: str, out: str, dtype: str | None, adapter: bool = False) -> None:
+def export_hf(
+  source: str, out: str, dtype: str | None, adapter: bool = False, scores: str = ""
+) -> None:
   """A checkpoint of ours, or a workdir -> an HF folder, or a PEFT folder."""
   source = _folder(source)
   extra = checkpoint.load_extra(source)
+  rows = card.scores(source, _folder(scores)) if scores else []
+  name = pathlib.Path(out).expanduser().resolve().name
+  text = card.card(source, extra, name=name, rows=rows, adapter=adapter)
   found = extra.get("lora") and lora.Config(**extra["lora"])
   config = model_config.from_hf(extra["model"], lora=found)
   with _whole(out) as folder:
+    (folder / "README.md").write_text(text, encoding="utf-8")
     print("reading ...")
     params, _ = checkpoint.load_params(source, None, _spread(config))
     if adapter:
       base = extra.get("hf")
       peft.write(config, params, folder, base=base, dtype=dtype or "float32")
-      print("adapter_config.json, adapter_model.safetensors")
+      print("adapter_config.json, adapter_model.safetensors, README.md")
       return
     dtype = dtype or "bfloat16"
     with _Bar("export") as progress:
       hf.export_checkpoint(config, params, folder, dtype, progress=progress)
-    copied = hf.copy_companions(source / "tokenizer", folder)
+    copied = hf.copy_companions(policies.run_of(source) / "tokenizer", folder)
     if codec := policies.read_codec(source):
       text = json.dumps({"codec": codec}, indent=1) + "\n"
       (folder / policies.OURS).write_text(text)
-    print(f"{_size(params)}: config.json, *.safetensors and {copied} more files")
+    print(
+      f"{_size(params)}: config.json, *.safetensors, README.md and {copied} more files"
+    )
 
 
 def _spread(config: model_config.ModelConfig):
@@ -178,6 +189,7 @@ def main(argv: list[str] | None = None) -> int:
   two.add_argument("--checkpoint", required=True, help="output of import, or a workdir")
   two.add_argument("--out", required=True, help="new folder")
   two.add_argument("--adapter", action="store_true", help="only the adapters, as PEFT")
+  two.add_argument("--scores", default="", help="workdir of an evaluation of it")
   two.add_argument(
     "--dtype", choices=("bfloat16", "float32"),
     help="default bfloat16, of adapters float32",
@@ -191,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
     elif args.command == "import":
       adapt(args.checkpoint, args.out, args.adapter)
     else:
-      export_hf(args.checkpoint, args.out, args.dtype, args.adapter)
+      export_hf(args.checkpoint, args.out, args.dtype, args.adapter, args.scores)
   except (ValueError, OSError, checkpoint.CheckpointError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -204,7 +204,7 @@ OURS = "pixel_jax.json"
 
 def read_codec(root: bucket.Folder) -> dict[str, Any]:
   """The `config.codec` that a folder was trained with; {} where it does not say."""
-  root = _run_of(root)
+  root = run_of(root)
   for file in (root / OURS, root / "tokenizer" / OURS, root / "config.json"):
     if file.is_file():
       section = json.loads(file.read_text(encoding="utf-8")).get("codec", {})
@@ -223,10 +223,10 @@ def _words_of(root: bucket.Folder) -> bucket.Folder:
   """Where the tokenizer of a policy lies; of RUN/checkpoints/50 it is that of the run."""
   if hf.is_checkpoint(root):
     return root
-  return _run_of(root) / "tokenizer"
+  return run_of(root) / "tokenizer"
 
 
-def _run_of(root: bucket.Folder) -> bucket.Folder:
+def run_of(root: bucket.Folder) -> bucket.Folder:
   """RUN of RUN/checkpoints/50; else the folder itself."""
   is_step = root.parent.name == "checkpoints" and not (root / "tokenizer").is_dir()
   return root.parent.parent if is_step else root
