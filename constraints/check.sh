@@ -11,7 +11,7 @@ failed=
 for python in 3.11 3.12 3.13 3.14; do
   pins=constraints/py${python/./}.txt
   for platform in x86_64-manylinux_2_31 aarch64-manylinux_2_31 aarch64-apple-darwin; do
-    extras="--extra test --extra gcs --extra synthesis"
+    extras="--extra test --extra gcs --extra synthesis --extra demo --extra docs"
     case "$platform" in x86_64-*) extras="$extras --extra tpu" ;; esac
     # promise, of tensorflow-datasets, is pure Python and comes as source only.
     if found=$(uv pip compile pyproject.toml $extras --quiet --no-header --no-annotate \

@@ -12,7 +12,7 @@ Not here: how turns are sampled (`rollout/engine.py`), what is said around pictu
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -27,7 +27,9 @@ from pixel_jax.pixels import image, ops, video
 from pixel_jax.rollout import engine
 from pixel_jax.run import policies
 from pixel_jax.trajectory import Media, Task, Trajectory
+from pixel_jax.view import page
 from pixel_jax.view import pictures as view
+from pixel_jax.view import trajectory as turns_of
 
 CLIPS = (".mp4", ".webm", ".mkv", ".avi", ".mov")
 PATCHES = 4  # of one token
@@ -43,12 +45,18 @@ class Answer:
     answer: what stands in its \\boxed{}; "" where nothing does.
     pictures: those that the operations returned, in order.
     trajectory: every turn, call and sampled id.
+
+  A notebook shows it as the viewer does, with its calls drawn on the pictures.
   """
 
   text: str
   answer: str
   pictures: list[Image.Image]
   trajectory: Trajectory
+  draw: Callable[[], str] = dataclasses.field(repr=False, compare=False)
+
+  def _repr_html_(self) -> str:
+    return self.draw()
 
 
 class Model:
@@ -77,15 +85,14 @@ class Model:
     Args:
       pictures: an image, or a list of them: PIL images or paths.  Or a clip: a path that
         ends with .mp4, .webm, .mkv, .avi or .mov, or a `pixels.video.Video`.
-      operations: False answers from the first look alone.
+      operations: False answers from the first look alone: the prompt is the same, but no
+        call can be begun, as in evaluation's mode "forbidden".
       temperature: 0 takes the likeliest token every time, 1 samples as training does.
       seed: of the sampling.
       max_turns: of the model.
       max_new_tokens: of one turn.
     """
     codec = self.policy.codec
-    if not operations:
-      codec = dataclasses.replace(codec, tools=False)
     many = pictures if isinstance(pictures, list | tuple) else [pictures]
     opened = [_open(p, codec.video_frames) for p in many]
     names = [str(p) if _is_path(p) else f"picture {i + 1}" for i, p in enumerate(many)]
@@ -98,16 +105,18 @@ class Model:
 
     prompt = encode.Conversation(codec, task, load_media)
     ids = prompt.trajectory.ids
-    player = self._engine(codec, len(ids), prompt.pixels, max_turns, max_new_tokens)
+    turns = max_turns if operations else 1
+    player = self._engine(codec, len(ids), prompt.pixels, turns, max_new_tokens)
     played = player.run(
       self.policy.params, [task], seed=seed, step=0, group_size=1,
       load_media=load_media, max_turns=max_turns, max_new_tokens=max_new_tokens,
-      temperature=temperature,
+      temperature=temperature, force=None if operations else "answer",
     )[0][0].trajectory  # fmt: skip
     text = played.turns[-1]["text"]
     returned = view.replay(played, codec, load_media).returned
     seen = [s.image for call in returned for s in call]
-    return Answer(text, answers.boxed(text) or "", seen, played)
+    draw = functools.partial(_draw, played, load_media, codec)
+    return Answer(text, answers.boxed(text) or "", seen, played, draw)
 
   def score(
     self,
@@ -196,6 +205,12 @@ def load(
 def _token_logp(config, params, batch, temperature):
   where = batch.weight > 0
   return qwen2_5_vl.token_logp(config, params, batch, temperature, where)
+
+
+def _draw(played: Trajectory, load_media, codec) -> str:
+  turns = turns_of.render_turns(played, load_media, codec=codec, store=None)
+  style = page.asset("trajectory.css")
+  return f'<style>{style}</style><div class="trajectory">{turns}</div>'
 
 
 def _is_path(picture: Any) -> bool:
