@@ -14,7 +14,7 @@ case "${1:-}" in
   --all) all=1; shift ;;
 esac
 export EXTRAS="[test]"
-[ -z "$all" ] || EXTRAS="[test,parity,tpu]"
+[ -z "$all" ] || EXTRAS="[test,parity,tpu,docs]"
 source "$(dirname "$0")/install.sh"
 export JAX_PLATFORMS=cpu
 ruff check . && ruff format --check .

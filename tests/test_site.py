@@ -44,7 +44,7 @@ def site(tmp_path_factory):
   out = tmp_path_factory.mktemp("site")
   run = subprocess.run(
     [sys.executable, "-m", "mkdocs", "build", "--strict",
-     "-f", str(ROOT / "tools" / "site" / "mkdocs.yml"), "-d", str(out)],
+     "-f", str(ROOT / "docs" / "site" / "mkdocs.yml"), "-d", str(out)],
     capture_output=True, text=True, timeout=600, cwd=out,
     env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
   )  # fmt: skip

@@ -364,6 +364,10 @@ def test_spread_takes_whole_groups_evenly_over_runs_and_steps():
   took = [(r.name, g[0].policy_step, len(g)) for r, g in report.spread([a, b])]
   assert took[:3] == [("a", 1, 2), ("a", 2, 2), ("b", 9, 1)]
   assert sum(n for *_, n in took) == 13
+  # Every fourth question is a clip: of the first eight that are taken, about two.
+  many = runs.Run("c", trajectories=[t(1, f"{i}") for i in range(96)])
+  first = [int(g[0].task.id) for _, g in report.spread([many])][:8]
+  assert 1 <= sum(i % 4 == 3 for i in first) <= 3 and max(first) > 60
 
 
 # ---- Charts and table ----------------------------------------------------------------

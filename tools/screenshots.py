@@ -8,12 +8,15 @@ DIR is what `./launch/local.sh` has filled.  Needs Chromium (`apt-get install ch
 
 import argparse
 import contextlib
+import io
 import pathlib
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
+
+from PIL import Image
 
 from pixel_jax import demo, hosting
 from pixel_jax.data import media
@@ -23,7 +26,7 @@ from pixel_jax.view import live, runs
 from pixel_jax.view.index import Index
 
 DESK, PHONE = {"width": 1280, "height": 860}, {"width": 390, "height": 844}
-PARTS = ("demo", "view", "report", "inspect")
+PARTS = ("demo", "view", "report", "inspect", "docs")
 
 
 class Camera:
@@ -35,7 +38,7 @@ class Camera:
   @contextlib.contextmanager
   def page(self, address: str, size=DESK, scheme: str = "light") -> Iterator:
     context = self._browser.new_context(
-      viewport=size, color_scheme=scheme, device_scale_factor=1.5,
+      viewport=size, color_scheme=scheme, device_scale_factor=1.25,
       reduced_motion="reduce",
     )  # fmt: skip
     page = context.new_page()
@@ -45,8 +48,9 @@ class Camera:
 
   def take(self, page, name: str, *, whole: bool = False) -> None:
     page.wait_for_timeout(600)  # pictures are decoded
-    path = self._out / f"{name}.png"
-    page.screenshot(path=path, full_page=whole)
+    path = self._out / f"{name}.webp"
+    data = page.screenshot(full_page=whole)
+    Image.open(io.BytesIO(data)).convert("RGB").save(path, quality=82, method=6)
     print(f"{path}  {path.stat().st_size / 1e3:.0f} kB", flush=True)
 
 
@@ -148,6 +152,20 @@ def of_inspect(camera: Camera, root: pathlib.Path) -> None:
       camera.take(page, "inspect")
 
 
+def of_docs(camera: Camera, root: pathlib.Path) -> None:
+  """The site, if this runs in a clone: its first page and the notebook."""
+  config = pathlib.Path(__file__).resolve().parents[1] / "docs" / "site" / "mkdocs.yml"
+  if not config.is_file():
+    return print("no docs here: this is not a clone")
+  with tempfile.TemporaryDirectory() as folder:
+    command = [sys.executable, "-m", "mkdocs", "build", "-q", "-f", str(config)]
+    subprocess.run([*command, "-d", folder], check=True)
+    for name in ("index", "quickstart"):
+      with camera.page((pathlib.Path(folder) / f"{name}.html").as_uri()) as page:
+        camera.take(page, f"docs_{name}")
+  return None
+
+
 def main(argv: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -162,7 +180,8 @@ def main(argv: Sequence[str] | None = None) -> None:
   from playwright import sync_api  # here: --help needs none
 
   args.out.mkdir(parents=True, exist_ok=True)
-  parts = {"demo": of_demo, "view": of_view, "report": of_report, "inspect": of_inspect}
+  parts = {"demo": of_demo, "view": of_view, "report": of_report}
+  parts |= {"inspect": of_inspect, "docs": of_docs}
   with sync_api.sync_playwright() as play:
     browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
     for name in args.only.split(","):

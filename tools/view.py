@@ -1,4 +1,4 @@
-"""Runs as a page of curves and trajectories: a file, or live while they go on.
+"""Runs as a page of curves and trajectories: a file, or live as they go on.
 
   pixel-jax view DIR [DIR2 ...] --out=report.html
   pixel-jax view DIR [DIR2 ...] --serve [--port=7870]

@@ -17,6 +17,7 @@ from pixel_jax.view.text import escape
 
 MOST_BYTES = 5_000_000
 MOST_TRAJECTORIES = 400
+GOLDEN = (5**0.5 - 1) / 2  # its multiples lie evenly between whole numbers
 
 
 def report(
@@ -101,13 +102,20 @@ def _lede(runs: list[Run], evaluation: dict | None) -> str:
 
 
 def spread(runs: list[Run]) -> Iterator[tuple[Run, list[Trajectory]]]:
-  """Whole groups (one question, one policy), evenly over runs and steps."""
+  """Whole groups (one question, one policy), evenly over runs and steps.
+
+  Of a step not the first ones, but those that lie far apart: the kinds of questions
+  often follow a short period, and the first three of the tiny world are always pictures.
+  """
   queues = []
   for run in runs:
     steps: dict[int, dict[str, list[int]]] = {}
     for i, (step, task) in enumerate(run.heads):
       steps.setdefault(step, {}).setdefault(task, []).append(i)
-    queues += [(run, iter(groups.values())) for _, groups in sorted(steps.items())]
+    for _, groups in sorted(steps.items()):
+      listed = list(groups.values())
+      apart = sorted(range(len(listed)), key=lambda i: i * GOLDEN % 1)
+      queues.append((run, iter([listed[i] for i in apart])))
   while queues:
     for queue in list(queues):
       group = next(queue[1], None)

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 
 def on_files(files, config):
-  """index.md, whose links begin in docs/ instead of above it."""
+  """With the README, whose links begin in docs/ here instead of above it."""
   text = (ROOT / "README.md").read_text(encoding="utf-8")
   text = text.replace("](docs/", "](")
   files.append(File.generated(config, "index.md", content=_without_outside(text)))
@@ -21,5 +21,6 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def _without_outside(text: str) -> str:
-  """Links to files of the repository that are no pages become their names."""
+  """Links to the README lead to its page; those to files that are no pages become names."""
+  text = text.replace("](../README.md", "](index.md")
   return re.sub(r"\[([^\]]+)\]\((?:\.\./[^)]*|[A-Z]+\.md)\)", r"\1", text)
