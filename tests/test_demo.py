@@ -3,6 +3,7 @@
 import base64
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import json
 import pathlib
@@ -18,7 +19,7 @@ from test_train import play
 
 import pixel_jax
 from pixel_jax import demo, hosting, parallel, server, trajectory
-from pixel_jax.chat import completions
+from pixel_jax.chat import completions, tools
 from pixel_jax.data import world
 from pixel_jax.rollout import session
 
@@ -374,3 +375,19 @@ def test_two_policies_answer_side_by_side(opened, browser):
     heads = page.locator(".card h3").all_inner_texts()
     assert heads == ["tiny_base", "other <i>one</i>"]
     page.close()
+
+
+def test_a_call_that_fails_is_shown_and_not_the_end(opened, page, monkeypatch):
+  words = opened.policies[0].codec.tokenizer
+  call = tools.call_text("crop_image_normalized", {"bbox_2d": [0.5], "target_image": 9})
+  script = [[[*words.encode(call), words.im_end]]]
+  make = functools.partial(dataclasses.replace, script=script)
+  monkeypatch.setattr(demo, "Group", lambda **fields: make(session.Group(**fields)))
+  drop(page, ONE)
+  page.fill("#question", QUESTION)
+  page.click("#go")
+  card = page.locator(".card").first
+  done(card)
+  assert "1 failed" in card.locator(".said").inner_text()
+  assert card.locator(".turn.failed").count() == 1
+  assert "Execution error" in card.locator(".turn.failed").inner_text()

@@ -11,6 +11,7 @@ import sys
 import types
 import xml.etree.ElementTree
 
+import apps
 import numpy as np
 import PIL.Image
 import pytest
@@ -478,3 +479,60 @@ def test_tool_reads_a_folder_of_runs(codec, tmp_path, capsys, monkeypatch):
   said = "".join(page.text)
   assert "rl (alpha = 0.5)" in said and "80.0" in said and "RL, free" in said
   assert "rl (alpha = 0.5)" in (tmp_path / "t.svg").read_text()
+
+
+# ---- In a browser --------------------------------------------------------------------
+
+
+def test_the_file_in_a_browser(codec, tmp_path):
+  """Filters, keys, the pointer on a chart, links; nothing asked of the net; open to all."""
+  run = runs.Run("rl", metrics(), {"seed": 7, "reward": {"alpha": 0.5}})
+  run.trajectories = [
+    play(codec, call(), "\\boxed{O}", name="a"),
+    play(codec, "\\boxed{X}", name="a", correct=0.0),
+    play(codec, HOSTILE, name="b", correct=0.0),
+    play(codec, call([3, 1]), "\\boxed{O}", name="c"),
+  ]
+  path = tmp_path / "report.html"
+  path.write_text(report.report([run], EVALUATION, load_media, codec=codec))
+  with apps.chromium() as browser:
+    page, wrong = browser.new_page(), []
+    page.on("pageerror", lambda e: wrong.append(str(e)))
+    page.on("dialog", lambda d: (wrong.append(d.message), d.dismiss()))
+    page.on("request", lambda r: wrong.append(r.url) if r.url[:4] == "http" else None)
+    page.goto(path.as_uri())
+    shown = page.locator(".list li:visible")
+    opened = page.locator(".list [aria-current=true]")
+    assert shown.count() == 4 and opened.count() == 1
+    assert page.locator(".pane > div.open .picture img").first.evaluate(
+      "i => i.naturalWidth"
+    )
+    first = opened.inner_text()
+    page.keyboard.press("j")
+    assert opened.inner_text() != first
+    page.keyboard.press("w")
+    assert shown.count() == 2
+    page.keyboard.press("w")
+    page.keyboard.press("/")
+    page.keyboard.type("c")
+    page.fill(".filters input", "nowhere")
+    assert page.get_by_text("Nothing fits these filters").is_visible()
+    page.fill(".filters input", "")
+    page.keyboard.press("Escape")
+    page.locator("h1").click()
+    page.keyboard.press("o")
+    assert shown.count() == 2
+    page.keyboard.press("o")
+    plot = page.locator(".chart > svg").first
+    plot.scroll_into_view_if_needed()
+    plot.hover()
+    assert page.locator(".chart .hover").first.is_visible()
+    assert "step" in page.locator(".chart .hover").first.inner_text()
+    third = page.locator(".list a").nth(2)
+    page.goto(f"{path.as_uri()}{third.get_attribute('href')}")
+    page.reload()
+    assert page.locator(".list a").nth(2).get_attribute("aria-current") == "true"
+    for scheme in ("light", "dark"):
+      page.emulate_media(color_scheme=scheme)
+      assert apps.serious(page) == []
+    assert not wrong
