@@ -146,7 +146,13 @@ def test_log_lines_where_there_is_no_terminal(tmp_path, capsys):
   run(tmp_path, 0, 10)
   shown = capsys.readouterr().err.strip().splitlines()
   assert len(shown) == 2  # the first step, then ten seconds of silence, then the last
-  assert shown[0].startswith("step 1/10, ") and "loss 0.5" in shown[0]
+  # A run of RL shows what it earns, another one its loss.
+  assert shown[0].startswith("step 1/10, ") and "reward 0.5" in shown[0]
+  assert "loss" not in shown[0]
+  writer = metrics.Writer(tmp_path / "sft", total_steps=1)
+  writer.write(1, {"loss": 0.5})
+  writer.close()
+  assert "loss 0.5" in capsys.readouterr().err
 
 
 PICTURE = Image.new("RGB", (40, 30), (200, 40, 40))
