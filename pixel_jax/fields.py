@@ -121,6 +121,17 @@ def allows(hint: Any, value: Any) -> bool:
   return value is None if hint in (None, type(None)) else isinstance(value, hint)
 
 
+def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+  """The fields of a config that was read, by path: {"optim.lr": .001, ...}."""
+  found: dict[str, Any] = {}
+  for key, value in config.items():
+    if isinstance(value, Mapping):
+      found |= flat(value, f"{before}{key}.")
+    else:
+      found[before + key] = value
+  return found
+
+
 def words(hint: Any) -> str:
   """What a hint allows, as the end of "expected ..."."""
   origin, args = get_origin(hint), get_args(hint)

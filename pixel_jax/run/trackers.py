@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from PIL import Image
 
+from pixel_jax import fields
 from pixel_jax.run.settings import ConfigError
 
 Numbers, Pictures = Mapping[str, float], Mapping[str, Image.Image]
@@ -56,17 +57,6 @@ def open_trackers(
   return found
 
 
-def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """{"optim.lr": .001, ...}"""
-  out: dict[str, Any] = {}
-  for key, value in config.items():
-    if isinstance(value, Mapping):
-      out |= flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
-
-
 class TensorBoard:
   """WORKDIR/tensorboard: scalars, pictures, and the config as hyper-parameters."""
 
@@ -80,7 +70,7 @@ class TensorBoard:
     if config and not first_step:
       told = {
         k: v if isinstance(v, bool | int | float | str) else str(v)
-        for k, v in flat(config).items()
+        for k, v in fields.flat(config).items()
       }
       parts = tensorboardX.summary.hparams(told, dict.fromkeys(MAIN, math.nan))
       for part in parts:
@@ -192,7 +182,7 @@ class Mlflow:
         known.experiment_id if known else self._client.create_experiment(experiment)
       )
       self.id = self._client.create_run(place, run_name=name).info.run_id
-      params = [Param(k, str(v)[:6000]) for k, v in flat(config).items()]
+      params = [Param(k, str(v)[:6000]) for k, v in fields.flat(config).items()]
       for i in range(0, len(params), 100):  # of one request, at most
         self._client.log_batch(self.id, params=params[i : i + 100])
     except Exception as error:  # no server, no such run

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from pixel_jax import fields
 from pixel_jax.trajectory import Trajectory
 from pixel_jax.view.index import File
 
@@ -143,7 +144,7 @@ def arms(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
   """Runs with the same config but for the seed are one arm, by the name they share."""
   found: dict[str, list[Run]] = {}
   for run in runs:
-    own = {k: v for k, v in flat(run.config).items() if k not in OF_A_SEED}
+    own = {k: v for k, v in fields.flat(run.config).items() if k not in OF_A_SEED}
     key = json.dumps(own, sort_keys=True, default=str) if own else run.name
     found.setdefault(key, []).append(run)
   out = []
@@ -156,20 +157,9 @@ def arms(runs: Sequence[Run]) -> list[tuple[str, list[Run]]]:
   return out
 
 
-def flat(config: dict, prefix: str = "") -> dict[str, Any]:
-  """{"optim.lr": .001, ...}"""
-  out = {}
-  for key, value in config.items():
-    if isinstance(value, dict):
-      out |= flat(value, f"{prefix}{key}.")
-    else:
-      out[prefix + key] = value
-  return out
-
-
 def differences(runs: Sequence[Run]) -> list[tuple[str, list[Any]]]:
   """Fields in which the configs differ, with the value of each run."""
-  configs = [flat(run.config) for run in runs]
+  configs = [fields.flat(run.config) for run in runs]
   keys = dict.fromkeys(key for config in configs for key in config)
   rows = [(key, [config.get(key) for config in configs]) for key in keys]
   return [(key, values) for key, values in rows if any(v != values[0] for v in values)]
