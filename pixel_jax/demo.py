@@ -48,6 +48,7 @@ from pixel_jax.rollout.session import Group
 from pixel_jax.run import metrics
 from pixel_jax.trajectory import Media, Task, Trajectory
 from pixel_jax.view import demo as pages
+from pixel_jax.view import page
 from pixel_jax.view import trajectory as view
 
 MOST_SECONDS = 600  # of a clip: sixteen frames of more tell little of it
@@ -107,7 +108,7 @@ class Demo:
     )
 
   async def page(self, request: Request) -> Response:
-    return _html(self._page, pages.POLICY)
+    return _html(self._page)
 
   async def script(self, request: Request) -> Response:
     return Response(pages.SCRIPT, media_type="text/javascript")
@@ -118,12 +119,12 @@ class Demo:
       told = (
         "This answer is not kept any more: links hold until newer ones need the room."
       )
-      return _html(pages.gone(told), pages.POLICY, status=404)
+      return _html(pages.gone(told), status=404)
     question, trajectory = self._kept[key]
     html = await run_in_threadpool(
       pages.whole, trajectory, question.load_media, question.policy.codec
     )
-    return _html(html, pages.POLICY)
+    return _html(html)
 
   # ---- POST /ask ---------------------------------------------------------------------
 
@@ -296,18 +297,13 @@ def _fetch(url: str) -> bytes:
   raise RequestError("pictures are dropped on the page, not fetched from elsewhere")
 
 
-def _html(text: str, policy: str, status: int = 200) -> Response:
-  headers = {
-    "Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer", "Cache-Control": "no-store",
-  }  # fmt: skip
-  return HTMLResponse(text, status_code=status, headers=headers)
+def _html(text: str, status: int = 200) -> Response:
+  return HTMLResponse(text, status_code=status, headers=page.HEADERS)
 
 
 def _bytes(shown) -> int:
   """Of decoded pictures."""
-  frames = [f for x in shown for f in (x.frames if isinstance(x, video.Video) else [x])]
-  return sum(3 * frame.width * frame.height for frame in frames)
+  return 3 * sum(map(completions.pixels, shown))
 
 
 # ---- Examples ------------------------------------------------------------------------

@@ -121,12 +121,14 @@ def allows(hint: Any, value: Any) -> bool:
   return value is None if hint in (None, type(None)) else isinstance(value, hint)
 
 
-def flat(config: Mapping[str, Any], before: str = "") -> dict[str, Any]:
-  """The fields of a config that was read, by path: {"optim.lr": .001, ...}."""
+def flat(
+  tree: Mapping[str, Any], separator: str = ".", before: str = ""
+) -> dict[str, Any]:
+  """The leaves of nested mappings by path: {"optim.lr": .001, ...}."""
   found: dict[str, Any] = {}
-  for key, value in config.items():
+  for key, value in tree.items():
     if isinstance(value, Mapping):
-      found |= flat(value, f"{before}{key}.")
+      found |= flat(value, separator, f"{before}{key}{separator}")
     else:
       found[before + key] = value
   return found

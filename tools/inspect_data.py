@@ -149,7 +149,7 @@ def fold(text: str) -> str:
   return PADS.sub(count, text)
 
 
-def tables(found: Look, T: int, P: int) -> list[Table]:
+def tables(found: Look) -> list[Table]:
   """Everything that is counted, as it is printed and drawn."""
   seen, kinds = found.seen, collections.Counter()
   for s in seen:
@@ -180,10 +180,17 @@ def buckets(found: Look, T: int, P: int) -> list[tuple]:
   return [(t, p, *packing(examples, t, p)) for t, p in sizes]
 
 
-def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str]:
-  """The report as lines."""
+def tell(
+  uri: str, found: Look, counted: list[Table], packed: list[tuple], codec: encode.Codec
+) -> list[str]:
+  """The report as lines.
+
+  Args:
+    counted: of `tables`.
+    packed: of `buckets`.
+  """
   out = [f"{uri}: {found.records:,} records, {found.read:,} of them read"]
-  for table in tables(found, T, P):
+  for table in counted:
     top = max((n for _, n in table.rows), default=1) or 1
     out += ["", table.title]
     if ".." in (table.rows or [("", 0)])[0][0]:
@@ -203,8 +210,8 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
   if not found.seen:
     return [*out, "", "no record can be used"]
   out += ["", "rows of T tokens and P patches: share that fits, rows, use of T, of P"]
-  for t, p, fit, rows, tokens, patches in buckets(found, T, P):
-    mark = " <- --tokens, --patches" if (t, p) == (T, P) else ""
+  for i, (t, p, fit, rows, tokens, patches) in enumerate(packed):
+    mark = "" if i else " <- --tokens, --patches"
     out.append(
       f"  T {t:>6,} P {p:>6,} {fit:>7.1%} {rows:>7,} {tokens:>6.3f} {patches:>6.3f}{mark}"
     )
@@ -217,13 +224,13 @@ def tell(uri: str, found: Look, codec: encode.Codec, T: int, P: int) -> list[str
 
 
 def write_page(
-  out: pathlib.Path, uri: str, source, found: Look, codec, T: int, P: int, most: int
+  out: pathlib.Path, uri: str, source, found: Look, counted, packed, codec, most: int
 ) -> int:
   """The page; how many examples it has."""
   chosen = found.seen[:: max(1, math.ceil(len(found.seen) / most))]
-  drawn = tables(found, T, P)
+  drawn = [*counted]
   if found.seen:
-    packed = buckets(found, T, P)
+    T, P, *_ = packed[0]
     for i, name in ((2, "examples that fit"), (4, "use of T"), (5, "use of P")):
       rows = [(f"T {b[0]:,}, P {b[1]:,}", b[i]) for b in packed]
       note = f"Rows of T tokens and P patches; the first is --tokens={T} --patches={P}."
@@ -291,12 +298,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, checkpoint.CheckpointError) as error:
       parser.error(str(error))
     found = look(source, codec, args.records)
-    lines = tell(args.uri, found, codec, args.tokens, args.patches)
-    print("\n".join(lines))
+    counted, packed = tables(found), buckets(found, args.tokens, args.patches)
+    print("\n".join(tell(args.uri, found, counted, packed, codec)))
     if args.out:
       n = write_page(
-        args.out, args.uri, source, found, codec, args.tokens, args.patches,
-        args.examples,
+        args.out, args.uri, source, found, counted, packed, codec, args.examples
       )  # fmt: skip
       size = args.out.stat().st_size / 1e6
       print(f"\npage: {args.out.resolve()} ({n} records, {size:.1f} MB)")

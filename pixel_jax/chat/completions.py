@@ -167,7 +167,7 @@ def _messages(given: Any, fetch, num_frames: int) -> tuple[list[dict], list]:
         if role != "user":
           raise RequestError(f"messages[{i}]: only the user shows pictures")
         pictures.append(picture)
-        room -= _pixels(picture)
+        room -= pixels(picture)
         if room < 0 or len(pictures) > MOST_PICTURES:
           raise RequestError(
             f"too many pictures: allowed are {MOST_PICTURES} of {MOST_PIXELS} pixels in "
@@ -182,7 +182,8 @@ def _messages(given: Any, fetch, num_frames: int) -> tuple[list[dict], list]:
   return messages, pictures
 
 
-def _pixels(picture: Image.Image | video.Video) -> int:
+def pixels(picture: Image.Image | video.Video) -> int:
+  """Of a picture, or of all frames of a clip."""
   frames = picture.frames if isinstance(picture, video.Video) else [picture]
   return sum(frame.width * frame.height for frame in frames)
 

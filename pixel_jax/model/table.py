@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pixel_jax import fields
 from pixel_jax.model.config import ModelConfig
 
 PyTree = Any
@@ -285,11 +286,5 @@ def nest(flat: Mapping[str, Any]) -> dict[str, Any]:
   return tree
 
 
-def unnest(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  flat: dict[str, Any] = {}
-  for key, value in tree.items():
-    if isinstance(value, Mapping):
-      flat |= unnest(value, f"{prefix}{key}/")
-    else:
-      flat[prefix + key] = value
-  return flat
+def unnest(tree: Mapping[str, Any]) -> dict[str, Any]:
+  return fields.flat(tree, "/")

@@ -57,6 +57,13 @@ def open_trackers(
   return found
 
 
+def _missing(setting: str, package: str) -> ConfigError:
+  return ConfigError(
+    f"config.{setting} is set, but {package} is not installed: pip install "
+    f"'pixel_jax[{package}]'"
+  )
+
+
 class TensorBoard:
   """WORKDIR/tensorboard: scalars, pictures, and the config as hyper-parameters."""
 
@@ -113,10 +120,7 @@ class Wandb:
     try:
       import wandb
     except ImportError as error:
-      raise ConfigError(
-        "config.wandb.project is set, but wandb is not installed: pip install "
-        "'pixel_jax[wandb]'"
-      ) from error
+      raise _missing("wandb.project", "wandb") from error
     file = root / "wandb_id"
     known = file.read_text().strip() if file.exists() else secrets.token_hex(4)
     try:
@@ -164,10 +168,7 @@ class Mlflow:
       from mlflow import MlflowClient
       from mlflow.entities import Metric, Param
     except ImportError as error:
-      raise ConfigError(
-        "config.mlflow.uri is set, but mlflow is not installed: pip install "
-        "'pixel_jax[mlflow]'"
-      ) from error
+      raise _missing("mlflow.uri", "mlflow") from error
     self._metric, file = Metric, root / "mlflow_id"
     try:
       self._client = MlflowClient(uri)

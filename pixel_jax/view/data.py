@@ -119,14 +119,14 @@ def _example(trajectory: Trajectory, load_media: LoadMedia, note: str, codec) ->
     )
   except Exception as error:  # a lost file must not cost the page
     pictures = f'<p class="missing">pictures cannot be drawn: {escape(error)}</p>'
-  answer = task.answer if isinstance(task.answer, str) else " | ".join(task.answer)
   film = " film" if any(m.kind == "video" for m in task.media) else ""
   whole = view.render(trajectory, load_media, codec=codec)
   return (
     f'<section class="trajectory"><h3>{escape(task.id)}</h3>'
     f'<div class="strip{film}">{pictures}</div>'
     f'<p class="words">{escape(task.question[:400])}</p>'
-    f"<p><b>{escape(answer[:200])}</b> · {escape(note)}</p>{masks(trajectory, codec)}"
+    f"<p><b>{escape(view.truth_of(task)[:200])}</b> · {escape(note)}</p>"
+    f"{masks(trajectory, codec)}"
     f'<details class="more"><summary>the conversation</summary>{whole}</details></section>'
   )
 

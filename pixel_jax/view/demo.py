@@ -14,7 +14,6 @@ from pixel_jax.view.text import escape
 
 SCRIPT = pages.script("common.js", "demo.js")
 STYLE = pages.asset("demo.css")
-POLICY = pages.security_policy()
 
 
 @dataclasses.dataclass(frozen=True)

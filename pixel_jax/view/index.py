@@ -27,7 +27,6 @@ NUMBERS = re.compile(rb'("policy_step": -?\d+), "ids": \[')
 AFTER = b', "slots": ['
 EMPTY = b', "ids": [], "sampled": [], "weight": [], "logp": [], "position": []'
 
-VERDICTS = ("correct", "wrong", "unjudged")
 SORTS = {
   "newest": "step DESC, number",
   "oldest": "step, number",
@@ -132,6 +131,7 @@ class Index:
       self._db.executescript(TABLES)
       self._db.execute(f"PRAGMA user_version = {LAYOUT}")
     self.version = 0  # grows with every change
+    self._choices: tuple[int, dict[str, list]] = (-1, {})  # of which version
 
   # ---- Reading files -----------------------------------------------------------------
 
@@ -242,13 +242,16 @@ class Index:
     return [Row(*x) for x in found], total
 
   def choices(self) -> dict[str, list]:
-    """What can be asked for: runs, steps, datasets and stops."""
+    """What can be asked for: runs, steps and datasets.  Every page asks every two seconds,
+    so all rows are gone through once a version."""
     with self._lock:
-      return {
-        name: [x for (x,) in self._db.execute(
-          f"SELECT DISTINCT {name} FROM trajectory ORDER BY {name} LIMIT 1000")]
-        for name in ("run", "step", "dataset", "stop")
-      }  # fmt: skip
+      if self._choices[0] != self.version:
+        self._choices = self.version, {
+          name: [x for (x,) in self._db.execute(
+            f"SELECT DISTINCT {name} FROM trajectory ORDER BY {name} LIMIT 1000")]
+          for name in ("run", "step", "dataset")
+        }  # fmt: skip
+      return self._choices[1]
 
   def row(self, number: int) -> Row | None:
     with self._lock:

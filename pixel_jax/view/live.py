@@ -26,7 +26,7 @@ from starlette.routing import Route
 from pixel_jax.trajectory import Trajectory
 from pixel_jax.view import curves, page, runs, table
 from pixel_jax.view import trajectory as view
-from pixel_jax.view.index import VERDICTS, Index, Row, Wish
+from pixel_jax.view.index import Index, Row, Wish
 from pixel_jax.view.pictures import LoadMedia
 from pixel_jax.view.text import escape
 
@@ -315,7 +315,6 @@ def _filters() -> str:
     ("help", "harmed", "", "harmed"),
     ("stop", "turns", "", "too many turns"),
   )
-  assert {b[1] for b in buttons if b[0] == "verdict"} < set(VERDICTS)
   pressed = "".join(
     f'<button type="button" data-key="{k}" data-value="{v}" data-press="{p}"'
     f' aria-pressed="false">{label}</button>'
@@ -343,10 +342,5 @@ def _filters() -> str:
 
 
 def _html(text: str, status: int = 200) -> Response:
-  headers = {
-    "Content-Security-Policy": page.security_policy(), "Cache-Control": "no-store",
-    "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
-  }  # fmt: skip
-  return HTMLResponse(
-    text.encode("utf-8", "replace").decode(), status_code=status, headers=headers
-  )
+  text = text.encode("utf-8", "replace").decode()
+  return HTMLResponse(text, status_code=status, headers=page.HEADERS)

@@ -27,8 +27,8 @@ def draw(trajectory: Trajectory, load_media: LoadMedia, codec) -> Image.Image:
   drawn = [_picture(s) for s in pictures]
   font, small = ImageFont.load_default(17), ImageFont.load_default(14)
   judged, task = view.verdict(trajectory), trajectory.task
-  truth = task.answer if isinstance(task.answer, str) else " | ".join(task.answer)
-  said = f"{judged}: said {view.answer_of(trajectory) or 'nothing'}, truth {truth}"
+  said = f"{judged}: said {view.answer_of(trajectory) or 'nothing'}, "
+  said += f"truth {view.truth_of(task)}"
   told = [f"{k} {v:.2f}" for k, v in trajectory.reward.items() if k != "correct"]
   told += [f"advantage {trajectory.advantage:+.2f}"] if trajectory.advantage else []
   lines = [

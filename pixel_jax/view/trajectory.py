@@ -14,7 +14,7 @@ import math
 import re
 
 from pixel_jax.chat import tools
-from pixel_jax.trajectory import OpCall, Trajectory
+from pixel_jax.trajectory import OpCall, Task, Trajectory
 from pixel_jax.view.pictures import (
   WIDEST,
   Image,
@@ -173,6 +173,12 @@ def answer_of(trajectory: Trajectory) -> str:
   return found[-1].strip() if found else ""
 
 
+def truth_of(task: Task) -> str:
+  """The right answer; all that count as right."""
+  answer = task.answer
+  return answer if isinstance(answer, str) else " | ".join(map(str, answer))
+
+
 def reward_html(trajectory: Trajectory) -> str:
   """correct 1.00 + curiosity .05 - penalty .00 = 1.05, and what else was kept."""
   parts = dict(trajectory.reward)
@@ -215,14 +221,12 @@ def render(
   Without a codec the question's pictures are shown, but not what the calls returned.
   """
   task, judged = trajectory.task, verdict(trajectory)
-  truth = (
-    task.answer if isinstance(task.answer, str) else " | ".join(map(str, task.answer))
-  )
   mark = {"correct": "✓ correct", "wrong": "✗ wrong", "unjudged": "not judged"}[judged]
   gave = answer_of(trajectory)
   facts = [
     f'<span class="verdict {judged}">{mark}</span>',
-    f"<span>said <b>{escape(gave) or '—'}</b>, truth <b>{escape(truth)}</b></span>",
+    f"<span>said <b>{escape(gave) or '—'}</b>, truth "
+    f"<b>{escape(truth_of(task))}</b></span>",
     f"<span>{escape(STOPS.get(trajectory.stop, trajectory.stop))}</span>",
   ]
   if trajectory.policy_step > 0:
