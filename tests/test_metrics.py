@@ -24,7 +24,7 @@ def tensorboard(root):
   """(step, tag, value) of every scalar in tensorboard/."""
   found = []
   for path in sorted((root / "tensorboard").glob("*tfevents*")):
-    for _, event in metrics._read_events(path.read_bytes()):
+    for _, event in metrics.read_events(path.read_bytes()):
       found += [(event.step, v.tag, v.simple_value) for v in event.summary.value]
   return found
 
@@ -197,7 +197,7 @@ def test_tensorboard_holds_pictures_and_the_config(tmp_path):
     events = [
       event
       for path in (tmp_path / "tensorboard").rglob("*tfevents*")
-      for _, event in metrics._read_events(path.read_bytes())
+      for _, event in metrics.read_events(path.read_bytes())
     ]
     values = [(e.step, v) for e in events for v in e.summary.value]
     pictures = [s for s, v in values if v.tag.startswith("trajectories/looked")]

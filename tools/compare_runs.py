@@ -17,7 +17,6 @@ import json
 import math
 import pathlib
 import re
-import struct
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -134,17 +133,12 @@ def _flat(row: dict) -> dict:
 
 
 def _events(file: pathlib.Path) -> Iterator[dict]:
-  """The scalars of a TensorBoard file: TFRecords of event protos, checksums unread."""
-  from tensorboardX.proto import event_pb2
+  """The scalars of a TensorBoard file."""
+  from pixel_jax.run import (
+    metrics,  # here: it imports jax, which other logs do not need
+  )
 
-  data, at = file.read_bytes(), 0
-  while at + 12 <= len(data):
-    (size,) = struct.unpack_from("<Q", data, at)
-    body = data[at + 12 : at + 12 + size]
-    at += 16 + size
-    if len(body) < size:
-      return  # a kill has cut it
-    event = event_pb2.Event.FromString(body)
+  for _, event in metrics.read_events(file.read_bytes()):
     for value in event.summary.value:
       number = value.simple_value
       if value.HasField("tensor") and value.tensor.float_val:

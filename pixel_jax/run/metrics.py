@@ -209,7 +209,7 @@ def cut_back(workdir: str | pathlib.Path, last: int) -> None:
     if is_partial or (number and int(number[1]) > last):
       path.unlink()
   for path in sorted((root / "tensorboard").rglob("*tfevents*")):
-    events = list(_read_events(path.read_bytes()))
+    events = list(read_events(path.read_bytes()))
     keep = [raw for raw, event in events if event.step <= last]
     if any(event.summary.value for _, event in events if event.step <= last):
       _replace(path, b"".join(keep))
@@ -233,7 +233,7 @@ def _replace(path: pathlib.Path, data: bytes) -> None:
   partial.replace(path)
 
 
-def _read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
+def read_events(data: bytes) -> Iterator[tuple[bytes, Any]]:
   """(record, Event) of a TensorBoard file up to the first that is cut short.
 
   A record is its length (u64), a checksum (u32), the event and a checksum (u32).
