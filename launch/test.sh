@@ -14,7 +14,13 @@ case "${1:-}" in
   --all) all=1; shift ;;
 esac
 export EXTRAS="[test]"
-[ -z "$all" ] || EXTRAS="[test,parity,tpu,docs]"
+if [ -n "$all" ]; then
+  EXTRAS="[test,parity,tpu,docs]"
+else
+  # A test's programs run once: LLVM's optimization costs more than it gives.  With --all,
+  # or XLA_FLAGS= before the command, they are compiled as in training.
+  export XLA_FLAGS=${XLA_FLAGS---xla_backend_optimization_level=0}
+fi
 source "$(dirname "$0")/install.sh"
 export JAX_PLATFORMS=cpu
 ruff check . && ruff format --check .

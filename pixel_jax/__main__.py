@@ -24,6 +24,7 @@ PROGRAMS = {
   "compare": "pixel_jax.tools.compare_runs",
   "trap": "pixel_jax.tools.trap",
   "bench": "pixel_jax.tools.bench.compare",
+  "bench accelerator": "pixel_jax.tools.bench.accelerator",
   "compile-check": "pixel_jax.tools.compile.check",
   "configs": "pixel_jax.tools.configs",
 }
@@ -37,8 +38,10 @@ EXTRAS = {
 def main() -> None:
   """Runs the program that the first argument names, as `python -m` would run it."""
   name, *arguments = sys.argv[1:] or ["--help"]
+  if (both := " ".join([name, *arguments[:1]])) in PROGRAMS:
+    name, arguments = both, arguments[1:]
   if name in ("-h", "--help", "help"):
-    width = max(map(len, PROGRAMS))
+    width = max(len(name) for name in PROGRAMS if " " not in name)
     listed = [f"  {n:{width}}  {_docstring(m, 1)}" for n, m in PROGRAMS.items()]
     print(__doc__, *listed, sep="\n")
   elif name not in PROGRAMS:

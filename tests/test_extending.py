@@ -66,11 +66,11 @@ def test_all_examples_in_one_run(folder):
   config.eval.update(uri="jsonl:mine.jsonl", tasks=2)
   config.total_steps = config.eval_every = config.keep_trajectories_every = 1
   config.save_every = 0
-  config.rl.update(prompts_per_step=2, group_size=4, rows=4, tokens=2304, patches=512)
+  config.rl.update(prompts_per_step=2, group_size=2, rows=2, tokens=2304, patches=512)
   for rollout in (config.rollout, config.eval.rollout):
     rollout.update(max_turns=2, max_new_tokens=8)
   config.engine.update(
-    slots=8, max_prompt=2048, max_len=2304, prompt_len=2048, extend_rows=4
+    slots=4, max_prompt=2048, max_len=2304, prompt_len=2048, extend_rows=2
   )
   config.optim.warmup_steps = 0
   train_rl.main(config, folder / "run")
@@ -78,7 +78,7 @@ def test_all_examples_in_one_run(folder):
   assert [k for k in line if not documented(k)] == []
   (file,) = (folder / "run/trajectories").iterdir()
   played = list(trajectory.read_jsonl(file))
-  assert len(played) == 8
+  assert len(played) == 4
   import my_rewards
 
   for t in played:

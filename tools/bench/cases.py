@@ -280,10 +280,11 @@ def rl(b: Bench) -> list[Case]:
 
 
 def rollout(b: Bench) -> list[Case]:
-  return [_rollout(b, equal) for equal in (False, True)]
+  return [play(b, equal) for equal in (False, True)]
 
 
-def _rollout(b: Bench, equal: bool) -> Case:
+def play(b: Bench, equal: bool) -> Case:
+  """The script of `data.script`, by both sides."""
   turns = data.script(b.size, b.codec.tokenizer, equal=equal)
   conversations = data.replay(b.size, b.codec, turns)
   count = len(turns)

@@ -2,6 +2,7 @@
 
   pixel-jax bench preprocess|vision|prefill|decode|rollout|sft|rl
     [--json=FILE] [--size=30m|tiny|3b|7b] [--repeats=N] [--no-peer | --no-ours]
+  pixel-jax bench accelerator --out=DIR       a GPU or TPU in ten minutes: accelerator.py
 
 One process, one set of weights, as many threads on both sides; after a warm-up that
 compiles, the sides take turns, each with an untimed call first: memory that a process

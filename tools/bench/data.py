@@ -130,7 +130,7 @@ def rows(size: Size, config: ModelConfig, seed: int = 0) -> list[encode.Example]
   rng = np.random.default_rng(seed)
   B, T, tokens = size.rows
   height, width = sides(tokens)
-  return [_example(rng, config, T, (height, width), learned=None) for _ in range(B)]
+  return [example(rng, config, T, (height, width), learned=None) for _ in range(B)]
 
 
 def examples(size: Size, config: ModelConfig, seed: int = 0) -> list[encode.Example]:
@@ -146,11 +146,11 @@ def examples(size: Size, config: ModelConfig, seed: int = 0) -> list[encode.Exam
     if rng.random() < 0.7:
       most = min(given - 4, size.row[2] // 4)
       picture = sides(max(1, int(most * share)), rng.uniform(0.5, 2.0))
-    out.append(_example(rng, config, n, picture, learned))
+    out.append(example(rng, config, n, picture, learned))
   return out
 
 
-def _example(rng, config, n, picture, learned) -> encode.Example:
+def example(rng, config, n, picture, learned) -> encode.Example:
   """One text id, the picture (or None), text; the last `learned` tokens are targets."""
   low, high = min(SPECIAL, config.text.vocab // 2), config.text.vocab
   ids, position, vision = [int(rng.integers(low, high))], [(0, 0, 0)], []

@@ -241,34 +241,41 @@ def rollout(
   Args:
     conversations: of `data.replay`; the engine's shapes follow from them.
   """
-  tasks, load_media = data.tasks(size), data.loader(size)
-  trajectories = [c.trajectory for c in conversations.values()]
-  prompt = max(t.sampled.index(True) for t in trajectories)
-  rest = max(len(t.ids) - t.sampled.index(True) for t in trajectories) + 1
-  patches = max(p.num_patches for c in conversations.values() for p in c.pixels)
+  tasks = data.tasks(size)
   playing = engine.Engine(
-    config, codec, group_size=size.groups[1], max_prompt=_up(prompt, 8),
-    max_len=_up(prompt, 8) + _up(rest, 64), prompt_len=_up(prompt, 8),
-    patches=_up(patches, pack.PATCH_BLOCK), **size.engine,
+    config, codec, group_size=size.groups[1], **engine_shapes(conversations),
+    **size.engine,
   )  # fmt: skip
 
   def run():
-    groups = playing.run(
-      params,
-      tasks,
-      seed=0,
-      step=0,
-      group_size=size.groups[1],
-      load_media=load_media,
-      max_turns=max(map(len, turns.values())),
-      max_new_tokens=max(len(ids) for t in turns.values() for ids in t),
-      script=lambda task, sample: turns[task.id, sample],
-    )
+    groups = playing.run(params, tasks, step=0, **played_by(size, turns))
     run.stats = playing.stats
     played = [f.trajectory for group in groups for f in group]
     return {(t.task.id, t.sample): t for t in played}
 
   return run
+
+
+def engine_shapes(conversations: dict) -> dict[str, int]:
+  """What an engine must hold of `data.replay`."""
+  trajectories = [c.trajectory for c in conversations.values()]
+  prompt = _up(max(t.sampled.index(True) for t in trajectories), 8)
+  rest = max(len(t.ids) - t.sampled.index(True) for t in trajectories) + 1
+  patches = max(p.num_patches for c in conversations.values() for p in c.pixels)
+  return dict(
+    max_prompt=prompt, max_len=prompt + _up(rest, 64), prompt_len=prompt,
+    patches=_up(patches, pack.PATCH_BLOCK),
+  )  # fmt: skip
+
+
+def played_by(size: data.Size, turns: dict) -> dict[str, Any]:
+  """Settings of `Engine.run` that make it say the script."""
+  return dict(
+    seed=0, group_size=size.groups[1], load_media=data.loader(size),
+    max_turns=max(map(len, turns.values())),
+    max_new_tokens=max(len(ids) for t in turns.values() for ids in t),
+    script=lambda task, sample: turns[task.id, sample],
+  )  # fmt: skip
 
 
 def _up(n: int, step: int) -> int:

@@ -29,10 +29,14 @@ CLIP = (0.2, 0.28)
 Model = transformers.Qwen2_5_VLForConditionalGeneration
 
 
-def load(config: ModelConfig, params: Any) -> Model:
-  """Their model with our weights, on the GPU in bfloat16 where there is one."""
+def load(config: ModelConfig, params: Any, *, gpu: bool | None = None) -> Model:
+  """Their model with our weights, on the GPU in bfloat16 where there is one.
+
+  Args:
+    gpu: False = on the CPU in float32 all the same; None = what is there.
+  """
   torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA does
-  gpu = torch.cuda.is_available()
+  gpu = torch.cuda.is_available() if gpu is None else gpu
   described = transformers.Qwen2_5_VLConfig.from_dict(model_config.to_hf(config))
   model = Model._from_config(
     described,

@@ -2,6 +2,7 @@
 
   pixel-jax compile-check --config=configs/rl.py:7b,v5p:4x4x4
     [--programs=update,decode] [--largest] [--num_slices=2] [--json=FILE]
+    [--text=FOLDER]                also what the compiler made, to be read
   pixel-jax compile-check --config=configs/rl.py:7b --topology=v5p:4x4x4
     [--config.KEY=VALUE ...]       without a preset for that topology
   pixel-jax compile-check --table=docs/compiled [--cells=N]
@@ -16,7 +17,7 @@ of the peak FLOPs (MFU) that no run can pass.  FLOPs and bytes are formulas
 
 Exit 0: all fits (peak <= 92 % of the memory); 1: something does not, and what to change;
 2: a mistake in the command.  Needs the extra [tpu], or for h200:1 and h200:8 jax's CUDA
-plugin and nvcc as wheels; no chip.
+plugin and nvcc as wheels ([cuda]); no chip.
 """
 
 import datetime
@@ -51,14 +52,20 @@ PLAN = flags.DEFINE_bool("plan", False, "Estimates a step of RL; compiles nothin
 JSON = flags.DEFINE_string(
   "json", None, "Where the figures go; of the same run, those of other programs stay."
 )
+TEXT = flags.DEFINE_string(
+  "text", None, "A folder: the optimized HLO of each program goes there, as text."
+)
 EFFORT = flags.DEFINE_float(
-  "effort", 0.0, "jax_exec_time_optimization_effort: -1 takes half the time to compile."
+  "effort", 0.0, "Of the compiler: -1 takes half the time, for slower programs."
 )
 TABLE = flags.DEFINE_string("table", None, "A folder: checks what presets it lacks.")
 CELLS = flags.DEFINE_integer("cells", 1000, "How many; 0 = only write the table.")
 SHARE = 0.92  # of the memory: the rest is fragmentation and what jax itself needs
-PACKAGES = ("jax", "jaxlib")
-COMPILERS = {"h200": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}  # else libtpu
+# What compiles, as far as it is installed: CUDA 12 or 13, or TPUs.
+PACKAGES = (
+  "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12",
+  "jax-cuda13-plugin", "nvidia-cuda-nvcc",
+)  # fmt: skip
 # What the TPU compiler asks the machine and there is no machine to answer.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -88,7 +95,7 @@ def main(config):
     return compile_plan.main(config, name, JSON.value)
   chip = cost.CHIPS[name.partition(":")[0]]
   devices = open_devices(name, SLICES.value)
-  jax.config.update("jax_exec_time_optimization_effort", EFFORT.value)
+  set_effort(EFFORT.value)
   run = compile_programs.open_run(config, devices)
   found, refused = list(compile_programs.programs(run)), None
   if "engine" in config:
@@ -106,8 +113,7 @@ def main(config):
     "command": " ".join(["pixel-jax compile-check", *sys.argv[1:]]),
     "date": now(),
     "versions": {
-      p: importlib.metadata.version(p)
-      for p in (*PACKAGES, *COMPILERS.get(name.partition(":")[0], ("libtpu",)))
+      p: importlib.metadata.version(p) for p in PACKAGES if _is_installed(p)
     },
     "effort": EFFORT.value,
     "programs_of": "the largest of each kind" if LARGEST.value else "every bucket",
@@ -137,6 +143,8 @@ def main(config):
     report["programs"] = kept(pathlib.Path(JSON.value), report) + rows
     pathlib.Path(JSON.value).write_text(json.dumps(report, indent=1) + "\n")
     print(f"in {JSON.value}: all figures")
+  if TEXT.value:
+    print(f"in {TEXT.value}: what the compiler made")
   sys.exit(int(bool(refused) or not all(row["fits"] for row in rows)))
 
 
@@ -165,6 +173,14 @@ def choose_topology(config) -> str:
   return made or asked
 
 
+def set_effort(effort: float) -> None:
+  """How hard the compiler tries to make programs fast: 0 as ever, -1 the least."""
+  if hasattr(jax.config, "jax_exec_time_optimization_effort"):
+    jax.config.update("jax_exec_time_optimization_effort", effort)
+  else:  # from jax 0.11 on there are levels alone
+    jax.config.update("jax_optimization_level", "O1" if effort < 0 else "UNKNOWN")
+
+
 def open_devices(name: str, slices: int) -> list[jax.Device]:
   """The devices of a topology as the compiler describes them; none is touched."""
   for key, value in ENVIRONMENT.items():
@@ -172,7 +188,10 @@ def open_devices(name: str, slices: int) -> list[jax.Device]:
   kind, _, shape = name.partition(":")
   if kind == "h200":
     os.environ["XLA_FLAGS"] = (
-      os.environ.get("XLA_FLAGS", "") + " --xla_gpu_autotune_level=0"
+      os.environ.get("XLA_FLAGS", "")
+      # Without a device nothing can be timed; from jax 0.11 on some fusions around a
+      # matmul then find no kernel at all.
+      + " --xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false"
     )
   jax.config.update("jax_platforms", "cpu")
   try:
@@ -191,7 +210,9 @@ def open_devices(name: str, slices: int) -> list[jax.Device]:
       platform="tpu", topology_name=name, **more
     ).devices
   except (RuntimeError, ValueError, ImportError) as error:
-    needs = "jax-cuda12-plugin, jax-cuda12-pjrt, nvidia-cuda-nvcc-cu12"
+    needs = (
+      "pixel_jax[cuda], or of it jax-cuda13-plugin, jax-cuda13-pjrt, nvidia-cuda-nvcc"
+    )
     needs = needs if kind == "h200" else "pixel_jax[tpu]"
     raise settings.ConfigError(
       f"--topology={name}: no compiler for it ({error}). Install {needs}."
@@ -235,8 +256,13 @@ def check(p: compile_programs.Program, chip: cost.Chip, config, run) -> dict:
       "alias_bytes": memory.alias_size_in_bytes,
       "temp_bytes": memory.temp_size_in_bytes,
     }
-    peak = peak_bytes(memory)
-    collectives = hlo.collectives(compiled.as_text())
+    peak = compile_programs.peak_bytes(memory)
+    text = compiled.as_text()
+    if TEXT.value:
+      folder = pathlib.Path(TEXT.value)
+      folder.mkdir(parents=True, exist_ok=True)
+      (folder / f"{p.name.replace(' ', '-')}.hlo").write_text(text)
+    collectives = hlo.collectives(text)
     moved = sum(c.total for c in collectives)
     row["collectives"] = hlo.summary(collectives)
   row["compile_s"] = time.perf_counter() - begin
@@ -266,13 +292,6 @@ def check(p: compile_programs.Program, chip: cost.Chip, config, run) -> dict:
 
 def now() -> str:
   return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-
-
-def peak_bytes(memory) -> int:
-  """Of all that one program holds at its worst, what is donated counted once."""
-  whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  whole += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-  return whole + memory.generated_code_size_in_bytes
 
 
 def remedy(row: dict, chip: cost.Chip, config, run) -> str:
@@ -315,6 +334,10 @@ def remedy(row: dict, chip: cost.Chip, config, run) -> str:
   if fit >= 8:
     return f"{told}: config.engine.slots={fit} (now {e.slots})"
   return f"{told}, and less than 8 slots would be left: {compile_engine.wider(run)}"
+
+
+def _is_installed(package: str) -> bool:
+  return any(True for _ in importlib.metadata.distributions(name=package))
 
 
 def show_head(report: dict) -> None:

@@ -145,6 +145,17 @@ def device_bytes(tree: Any) -> int:
   )
 
 
+def peak_bytes(memory: Any) -> int:
+  """Of all that one program holds at its worst, what is donated counted once.
+
+  Args:
+    memory: `memory_analysis()` of what was compiled.
+  """
+  whole = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  whole += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+  return whole + memory.generated_code_size_in_bytes
+
+
 def programs(run: Run) -> Iterator[Program]:
   """Of the train step; those of a rollout are in `compile_engine`."""
   config = run.config
