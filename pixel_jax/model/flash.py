@@ -116,19 +116,20 @@ def _backward(size_q, size_k, kept, d_out):
       d_q, d_k, d_v = carry
       kj, vj, keys_j = _at(j, size_k, k, v, keys)
       mask = jnp.swapaxes(sees(queries, keys_j), 1, 2)[:, None, :, None]
-      # Keys by queries: so d_k and d_v, two of three, need no transposed copy.
+      # Keys by queries: so d_k and d_v need no transposed copy of them, nor does d_q, whose
+      # queries come last: the keys, a few of each, are transposed instead.
       scores = _product("BKSH,BKGTH->BKSGT", kj, q)
       weights = jnp.where(mask, jnp.exp(scores - logsum), 0)
       d_weights = _product("BKSH,BKGTH->BKSGT", vj, d_out)
       d_scores = weights * (d_weights - own)
-      d_q += _product("BKSGT,BKSH->BKGTH", d_scores, kj)
+      d_q += _product("BKSH,BKSGT->BKHGT", kj, d_scores)
       d_k = _add(d_k, j * size_k, _product("BKSGT,BKGTH->BKSH", d_scores, q))
       d_v = _add(d_v, j * size_k, _product("BKSGT,BKGTH->BKSH", weights, d_out))
       return d_q, d_k, d_v
 
-    d_q = jnp.zeros(q.shape, jnp.float32)
+    d_q = jnp.zeros((*q.shape[:2], H, *q.shape[2:4]), jnp.float32)
     d_q, *carry = jax.lax.fori_loop(low, high, block, (d_q, *carry))
-    return tuple(carry), (d_q * H**-0.5).astype(q.dtype)
+    return tuple(carry), (jnp.moveaxis(d_q, 2, -1) * H**-0.5).astype(q.dtype)
 
   xs = _split(q, 3, size_q), _split(d_out, 3, size_q)
   xs += _split(logsum, 4, size_q), _split(own, 4, size_q)
