@@ -6,6 +6,7 @@ pixel-jax NAME [arguments]        pixel-jax NAME --help
 import ast
 import difflib
 import importlib.util
+import os
 import pathlib
 import runpy
 import sys
@@ -43,7 +44,7 @@ def main() -> None:
   if name in ("-h", "--help", "help"):
     width = max(len(name) for name in PROGRAMS if " " not in name)
     listed = [f"  {n:{width}}  {_docstring(m, 1)}" for n, m in PROGRAMS.items()]
-    print(__doc__, *listed, sep="\n")
+    tell(__doc__, *listed)
   elif name not in PROGRAMS:
     near = difflib.get_close_matches(name, PROGRAMS, 1, cutoff=0.0)[0]
     known = ", ".join(PROGRAMS)
@@ -53,7 +54,7 @@ def main() -> None:
     )
     sys.exit(2)
   elif {"-h", "--help"} & set(arguments):
-    print(_docstring(PROGRAMS[name]))
+    tell(_docstring(PROGRAMS[name]))
   else:
     sys.argv = [f"pixel-jax {name}", *arguments]
     try:
@@ -67,6 +68,13 @@ def main() -> None:
         file=sys.stderr,
       )
       sys.exit(2)
+
+
+def tell(*lines: str) -> None:
+  try:
+    print(*lines, sep="\n", flush=True)
+  except BrokenPipeError:  # the reader, such as head, has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _docstring(module: str, lines: int | None = None) -> str:

@@ -51,6 +51,15 @@ def test_help_imports_nothing_heavy(tmp_path):
   assert run(sys.executable, "-c", code, cwd=tmp_path).splitlines()[-1] == "[]"
 
 
+def test_a_reader_may_leave_early(tmp_path):
+  read, write = os.pipe()
+  os.close(read)
+  command = [sys.executable, "-m", "pixel_jax", "--help"]
+  done = subprocess.run(command, cwd=tmp_path, stdout=write, stderr=subprocess.PIPE)
+  os.close(write)
+  assert done.returncode == 0 and done.stderr == b""
+
+
 def test_a_wrong_name_is_one_line(tmp_path):
   said = run(sys.executable, "-m", "pixel_jax", "sfft", cwd=tmp_path, status=2)
   assert said.startswith("error: ") and "did you mean sft?" in said

@@ -16,11 +16,13 @@ record has a name that finds it again: `parquet:train-0.parquet#12`, and so has 
 in it: `parquet:train-0.parquet#12/images/0/bytes`.  Nulls are left out.
 """
 
+import array
 import base64
 import binascii
 import bisect
 import collections
 import csv
+import functools
 import io
 import itertools
 import json
@@ -208,11 +210,16 @@ def _short(error: BaseException) -> str:
   return (str(error).strip() or type(error).__name__).partition("\n")[0][:300]
 
 
+# Offsets while they are gathered: a list of pairs would take nine times their 16 bytes.
+numbers = functools.partial(array.array, "q")
+NONE = np.zeros((0, 2), np.int64)
+
+
 class _Spans:
   """JSON texts that lie in a file between offsets."""
 
-  def __init__(self, path: pathlib.Path, spans: np.ndarray):
-    self._spans = spans  # i64[n 2]
+  def __init__(self, path: pathlib.Path, spans: array.array):
+    self._spans = np.frombuffer(spans, np.int64).reshape(-1, 2) if spans else NONE
     self._file = os.open(path, os.O_RDONLY)
 
   def __del__(self, close=os.close):  # when the interpreter ends, `os` is gone first
@@ -231,13 +238,13 @@ class _Spans:
 
 class _Lines(_Spans):
   def __init__(self, path: pathlib.Path):
-    spans, at = [], 0
+    spans, at = numbers(), 0
     with path.open("rb") as f:
       for line in f:
         if line.strip():
-          spans.append((at, at + len(line)))
+          spans.extend((at, at + len(line)))
         at += len(line)
-    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+    super().__init__(path, spans)
 
 
 class _List(_Spans):
@@ -252,7 +259,7 @@ class _List(_Spans):
         at += 1
       return at
 
-    at, spans = skip(3 if text.startswith("\xef\xbb\xbf") else 0), []
+    at, spans = skip(3 if text.startswith("\xef\xbb\xbf") else 0), numbers()
     if text[at : at + 1] != "[":
       raise SourceError("expected a list [...] of objects; a line each is jsonl:")
     at = skip(at + 1)
@@ -260,13 +267,13 @@ class _List(_Spans):
       try:
         _, end = scan(text, at)
       except RecursionError as error:
-        raise SourceError(f"record {len(spans)} is nested too deeply") from error
-      spans.append((at, end))
+        raise SourceError(f"record {len(spans) // 2} is nested too deeply") from error
+      spans.extend((at, end))
       at = skip(end)
       if text[at : at + 1] not in ("]", ","):
-        raise SourceError(f"expected , or ] behind record {len(spans) - 1}")
+        raise SourceError(f"expected , or ] behind record {len(spans) // 2 - 1}")
       at = skip(at + (text[at] == ","))
-    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+    super().__init__(path, spans)
 
 
 class _Table(_Spans):
@@ -274,17 +281,17 @@ class _Table(_Spans):
   so gigabytes are scanned without a parser.  Empty cells are left out."""
 
   def __init__(self, path: pathlib.Path):
-    spans, at, begin, quotes = [], 0, 0, 0
+    spans, at, begin, quotes = numbers(), 0, 0, 0
     with path.open("rb") as f:
       for line in f:
         at += len(line)
         quotes += line.count(b'"')
         if quotes % 2 == 0:
-          spans.append((begin, at))
+          spans.extend((begin, at))
           begin = at
     if quotes % 2:
       raise SourceError("a quote is opened and never closed")
-    super().__init__(path, np.array(spans, np.int64).reshape(-1, 2))
+    super().__init__(path, spans)
     self._names = self._cells(0) if spans else []
     self._spans = self._spans[1:]
 

@@ -132,11 +132,13 @@ class Frame:
   top: float
   width: float
   height: float
-  x: tuple[float, float]
+  x: tuple[float, float]  # log10 of the values when `log_x`
   y: tuple[float, float]  # log10 of the values when `log`
   log: bool = False
+  log_x: bool = False
 
   def at(self, x: float, y: float) -> tuple[float, float]:
+    x = math.log10(x) if self.log_x else x
     y = math.log10(max(y, 1e-300)) if self.log else y
     across = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
     up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
@@ -153,9 +155,16 @@ def panel(
   height: float = 150,
   y_range: tuple[float, float] | None = None,
   log: bool = False,
+  log_x: bool = False,
   key: str = "",
+  name: str = "step",
 ) -> tuple[str, Frame]:
-  """Axes, grid and curves as SVG elements, and the frame they were drawn in."""
+  """Axes, grid and curves as SVG elements, and the frame they were drawn in.
+
+  Args:
+    log_x: of few and positive values, each of which is told below its point.
+    name: of the horizontal axis.
+  """
   lines = [thin(line) for line in lines if len(line.x)]
   if log:
     positive = [v for line in lines for v in line.y if v > 0]
@@ -163,6 +172,9 @@ def panel(
   xs = [x for line in lines for x in line.x] or [0.0, 1.0]
   ys = [y for line in lines for y in (*line.y, *line.low, *line.high)] or [0.0, 1.0]
   x_ticks = [t for t in ticks(min(xs), max(xs)) if min(xs) <= t <= max(xs)]
+  span = (min(xs), max(xs))
+  if log_x:
+    x_ticks, span = sorted(set(xs)), tuple(math.log10(x) for x in span)
   if log:
     low = math.floor(math.log10(min(positive)))
     high = max(math.ceil(math.log10(max(positive))), low + 1)
@@ -177,11 +189,11 @@ def panel(
     y_ticks = ticks(low, high)
     bounds = y_range or (y_ticks[0], y_ticks[-1])
     y_ticks = [t for t in y_ticks if bounds[0] - 1e-12 <= t <= bounds[1] + 1e-12]
-  frame = Frame(left, top, width, height, (min(xs), max(xs)), bounds, log)
+  frame = Frame(left, top, width, height, span, bounds, log, log_x)
 
   out = []
   for t in y_ticks:
-    y = frame.at(frame.x[0], t)[1]
+    y = frame.at(min(xs), t)[1]
     zero = " zero" if t == 0 and bounds[0] < 0 else ""
     out.append(f'<path class="grid{zero}" d="M{left:g} {y:.1f}h{width:g}"/>')
     out.append(
@@ -199,7 +211,7 @@ def panel(
     )
   out.append(
     f'<text class="tick name" x="{left + width:g}" y="{base + 30:g}" '
-    f'text-anchor="end">step</text>'
+    f'text-anchor="end">{escape(name)}</text>'
   )
   out.append(
     f'<text class="tick key" x="{left:g}" y="{base + 30:g}">{escape(key)}</text>'
@@ -344,8 +356,20 @@ def trap_figure(arms: dict[str, list[list[dict]]]) -> str:
       f"{escape(name)}</text>"
     )
     x += 35 + 7.2 * len(name) + 26
-  return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 830 322" role="img"
-  aria-label="The learning trap: RaPR and correctness over RL steps">
+  return picture(
+    "".join([*body, *legend]), 830, 322,
+    "The learning trap: RaPR and correctness over RL steps",
+  )  # fmt: skip
+
+
+def picture(body: str, width: int, height: int, label: str) -> str:
+  """Drawn panels as an SVG file of their own.
+
+  Args:
+    label: what it shows, for those who do not see it.
+  """
+  return f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}"
+  role="img" aria-label="{escape(label)}">
 <style>
 svg {{ --rule: #e4e1da; --faint: #77726a; --paper: #fffdf9; --ink: #24211c }}
 @media (prefers-color-scheme: dark) {{
@@ -354,8 +378,7 @@ svg {{ --rule: #e4e1da; --faint: #77726a; --paper: #fffdf9; --ink: #24211c }}
 .paper {{ fill: var(--paper) }}
 .title {{ fill: var(--ink); font: 600 15px system-ui, sans-serif }}
 {STYLE}</style>
-<rect class="paper" width="830" height="322" rx="6"/>
-{"".join(body)}
-{"".join(legend)}
+<rect class="paper" width="{width}" height="{height}" rx="6"/>
+{body}
 </svg>
 """

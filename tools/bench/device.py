@@ -244,7 +244,8 @@ def sft(size: Size, attempt: int, *, lora: bool) -> list[dict]:
   run = open_run(sft_configs, name, **changes)
   state, out = state_of(run), []
   for share in (0.0, PICTURES):
-    state, row = train_step(size, run, state, share)
+    examples = filled_rows(size, run.model, rows, share)
+    state, row = train_step(run, state, examples, kept=not share)
     shown = f"{PICTURES:.0%} pictures, tower in the step" if share else "text"
     adapters = " LoRA 32" if lora else ""
     row["what"] = (
@@ -256,16 +257,20 @@ def sft(size: Size, attempt: int, *, lora: bool) -> list[dict]:
   return out
 
 
-def train_step(size: Size, run, state: dict, share: float) -> tuple[dict, dict]:
-  """(state, figures) of the trainer's own step."""
-  rows, learned = run.config.data.rows, optim.list_paths(run.trained)
-  examples = filled_rows(size, run.model, rows, share)
+def train_step(run, state: dict, examples: list[list], *, kept: bool):
+  """(state, figures) of the trainer's own step.
+
+  Args:
+    examples: of each row.
+    kept: features of the frozen tower come from a bank, as in all epochs but the first.
+  """
+  learned, T = optim.list_paths(run.trained), run.config.data.tokens
   most = max(sum(sum(pack.distinct(e).values()) for e in row) for row in examples)
   P = pack.PATCH_BLOCK * max(1, -(-most // pack.PATCH_BLOCK))
   bank = None
-  if not share:
+  if kept:
     bank = features.open_bank(run.model, state["params"], learned, patches=P, gib=1)
-  fields = pack.collate(examples, size.tokens, P, rows, apart=bank is not None)
+  fields = pack.collate(examples, T, P, len(examples), apart=kept)
   batch = parallel.to_devices(run.mesh, bank.fill(fields) if bank else fields)
   update = train_sft.programs(run.config, run.model, run.tx, run.schedule, state)[0]
   update, told = compiled(functools.partial(update.lower, state, batch))
