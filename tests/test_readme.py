@@ -50,11 +50,7 @@ def test_documents_that_are_cited_exist():
       if file.suffix not in (".py", ".md", ".sh") or "reference" in file.parts:
         continue
       text = file.read_text(encoding="utf-8")
-      cited = set(re.findall(r"\b([a-z0-9_]+\.md)\b", text)) - {
-        "trap.md",
-        "notes.md",
-        "table.md",
-      }
+      cited = set(re.findall(r"\b([a-z0-9_]+\.md)\b", text)) - OUTPUTS
       assert cited <= pages, f"{file}: {cited - pages}"
       if file.suffix == ".md":
         for link in re.findall(r"\]\(([^)#]+)\)", text):
