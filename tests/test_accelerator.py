@@ -114,6 +114,16 @@ def test_the_forecast_decides_before_anything_runs(tmp_path, monkeypatch):
     device.check_room(1000)
 
 
+def test_room_is_told_from_other_errors():
+  class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+  full = device.jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+  assert all(map(device.is_room, (device.NoRoom(), OutOfMemoryError(), full)))
+  other = device.jax.errors.JaxRuntimeError("INTERNAL: no kernel")
+  assert not any(map(device.is_room, (other, RuntimeError("RESOURCE_EXHAUSTED"))))
+
+
 @pytest.mark.slow
 @pytest.mark.torch
 def test_the_rehearsal(tmp_path):

@@ -74,13 +74,9 @@ SIZES["7b"] = dataclasses.replace(SIZES["3b"], model="7b", rows=(2, 8192, 1024))
 
 def model(size: Size, words: tokenizer.Tokenizer, **fields) -> ModelConfig:
   """The model of a size, with the ids of `words` where the rollout meets them."""
-  ids = dict(
-    image_token=words.image_pad, video_token=words.video_pad,
-    vision_start=words.vision_start, vision_end=words.vision_end,
-    bos_token=words.endoftext, eos_token=words.im_end,
-  )  # fmt: skip
+  fields |= ids(words)
   if size.model == "tiny":
-    return model_config.tiny(1024, **ids, **fields)
+    return model_config.tiny(1024, **fields)
   if size.model == "30m":
     # A sixth of the parameters in the tower, as the 3B; two periods of window blocks.
     vision = VisionConfig(
@@ -90,8 +86,17 @@ def model(size: Size, words: tokenizer.Tokenizer, **fields) -> ModelConfig:
       vocab=8192, width=384, depth=12, heads=6, kv_heads=2, mlp=1024,
       mrope_section=(8, 12, 12),
     )  # fmt: skip
-    return ModelConfig(vision, text, **ids, **fields)
-  return dataclasses.replace(model_config.PRESETS[size.model], **ids, **fields)
+    return ModelConfig(vision, text, **fields)
+  return dataclasses.replace(model_config.PRESETS[size.model], **fields)
+
+
+def ids(words: tokenizer.Tokenizer) -> dict[str, int]:
+  """The fields of a ModelConfig that name the control tokens."""
+  return dict(
+    image_token=words.image_pad, video_token=words.video_pad,
+    vision_start=words.vision_start, vision_end=words.vision_end,
+    bos_token=words.endoftext, eos_token=words.im_end,
+  )  # fmt: skip
 
 
 # ---- Pictures ------------------------------------------------------------------------

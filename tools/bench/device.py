@@ -15,6 +15,7 @@ and random ids, never zeros, which are multiplied faster.  A row of figures is a
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -121,15 +122,23 @@ def main(argv: list[str] | None = None) -> int:
     if args.attempt:
       return accelerator.NO_SMALLER
     raise error
-  except (NoRoom, jax.errors.JaxRuntimeError) as error:
-    if isinstance(error, NoRoom) or "RESOURCE_EXHAUSTED" in str(error):
-      print(f"no room: {error}")
-      return accelerator.NO_MEMORY
-    raise
+  except Exception as error:
+    if not is_room(error):
+      raise
+    print(f"no room: {error}")
+    return accelerator.NO_MEMORY
   for row in rows:
     print(row)
   pathlib.Path(args.json).write_text(json.dumps(rows))
   return 0
+
+
+def is_room(error: Exception) -> bool:
+  """Whether it is the memory: the forecast's, jax's or torch's way to say so."""
+  names = {kind.__name__ for kind in type(error).__mro__}
+  return bool(names & {"NoRoom", "OutOfMemoryError"}) or (
+    isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+  )
 
 
 # ---- What all cases share ------------------------------------------------------------
@@ -143,6 +152,19 @@ def timed(call: Callable[[], Any], repeats: int = 5) -> float:
     call()
     seconds.append(time.perf_counter() - begin)
   return statistics.median(seconds[1:])
+
+
+class Watch:
+  """Seconds by part; those of the last time that each was gone through."""
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def __call__(self, part: str):
+    begin = time.perf_counter()
+    yield jax.block_until_ready  # of what the device is to have done by the end
+    self.seconds[part] = time.perf_counter() - begin
 
 
 def mfu(work: float, seconds: float, devices: int | None = None) -> dict:
@@ -307,7 +329,7 @@ def rl(size: Size, attempt: int) -> list[dict]:
   }  # fmt: skip
   run = open_run(rl_configs, size.small, jax.devices()[:1], **changes)
   # The script's ids are those of its own small vocabulary.
-  model = dataclasses.replace(run.model, **_ids(codec.tokenizer))
+  model = dataclasses.replace(run.model, **data.ids(codec.tokenizer))
   run = dataclasses.replace(run, model=model)
   c, state = run.config, state_of(run)
   learned = optim.list_paths(run.trained)
@@ -320,28 +342,18 @@ def rl(size: Size, attempt: int) -> list[dict]:
     model, run.mesh, shards=1,
   )  # fmt: skip
   steps = train_rl.programs(c, model, run.tx, run.schedule, state)
-  memory_of = {0: replay.Replay(**c.replay)}
-  told: dict[str, float] = {}
+  memory = {0: replay.Replay(**c.replay)}
+  watch = Watch()
 
-  def part(name, call):
-    begin = time.perf_counter()
-    result = jax.block_until_ready(call())
-    told[name] = time.perf_counter() - begin
-    return result
-
-  for step in range(2):  # the first compiles
-    begin = time.perf_counter()
-    params = part("sync", lambda state=state: rollouts.sync(state["params"]))
-    groups = part(
-      "rollout",
-      lambda params=params, step=step: rollouts.run(
-        params, data.tasks(size.script), step=step,
-        **ours.played_by(size.script, turns),
-      ),
-    )  # fmt: skip
+  def one_step(state, step):
+    with watch("sync") as done:
+      params = done(rollouts.sync(state["params"]))
+    with watch("rollout"):
+      groups = rollouts.run(
+        params, data.tasks(size.script), step=step, **ours.played_by(size.script, turns)
+      )
     del params
-
-    def reward(groups=groups, step=step):
+    with watch("reward"):
       # Random weights are never right; what the script says must be worth something.
       parts, mask, _ = train_rl.judge(
         groups, lambda t: float(t.sample % 2), c.rl.masked_stops, **c.reward
@@ -349,41 +361,33 @@ def rl(size: Size, attempt: int) -> list[dict]:
       advantage, _ = advantages.group_relative(parts["total"], mask, std=c.rl.std)
       train_rl.score(groups, parts, advantage, step)
       examples, n = train_rl.to_examples(groups, mask)
-      return (*train_rl.choose(memory_of, examples, (0, step)), n)
-
-    chosen, replayed, n = part("reward", reward)
-    state, m, cost = part(
-      "update",
-      lambda state=state, chosen=chosen, replayed=replayed, n=n: train_rl.update(
+      chosen, replayed = train_rl.choose(memory, examples, (0, step))
+    with watch("update") as done:
+      state, m, cost = train_rl.update(
         c, model, steps, state, chosen, learned=learned, tokens=n["tokens"],
         replayed=replayed, stop=lambda: False, noticed=lambda *_: None,
-      ),
-    )  # fmt: skip
-    whole = time.perf_counter() - begin
-  if not np.isfinite(m["loss"]):
-    raise ArithmeticError(f"the loss is {m['loss']}")
+      )  # fmt: skip
+      done(state)
+    trained = sum(len(e.tokens) for x in chosen.values() for e in x)
+    return state, m["loss"], sum(cost.values()), n["sampled"], trained
+
+  state, *_ = one_step(state, 0)  # compiles
+  begin = time.perf_counter()
+  _, loss, work, sampled, trained = one_step(state, 1)
+  whole, told = time.perf_counter() - begin, watch.seconds
+  if not np.isfinite(loss):
+    raise ArithmeticError(f"the loss is {loss}")
   count = len(turns)
   name = f"rl {size.small} LoRA 32, {count} rollouts"
-  rates = {
-    "rollout": n["sampled"],
-    "update": sum(len(e.tokens) for x in chosen.values() for e in x),
-  }
+  rates = {"rollout": sampled, "update": trained}
   out = [
     {"what": f"{name}, {part}", "seconds": seconds}
     | ({"rate": rates[part] / seconds, "unit": "tokens/s"} if part in rates else {})
     for part, seconds in told.items()
   ]
-  out[-1] |= mfu(sum(cost.values()), told["update"])
+  out[-1] |= mfu(work, told["update"])
   whole_row = {"what": f"{name}, whole step", "seconds": whole}
   return [*out, whole_row | peak()]
-
-
-def _ids(words) -> dict:
-  return dict(
-    image_token=words.image_pad, video_token=words.video_pad,
-    vision_start=words.vision_start, vision_end=words.vision_end,
-    bos_token=words.endoftext, eos_token=words.im_end,
-  )  # fmt: skip
 
 
 # ---- Rollout -------------------------------------------------------------------------
@@ -559,7 +563,6 @@ def rollout(size: Size, attempt: int, *, theirs: bool) -> list[dict]:
   )  # fmt: skip
   turns = data.script(shown, codec.tokenizer)
   count, at_once, what = len(turns), size.at_a_time >> attempt, "engine"
-  params = weights(model)
   if theirs:
     from pixel_jax.tools.bench import peers
 
@@ -570,9 +573,8 @@ def rollout(size: Size, attempt: int, *, theirs: bool) -> list[dict]:
     tasks = -(-at_once // shown.groups[1])
     shown = dataclasses.replace(shown, groups=(tasks, shown.groups[1]))
     turns = {key: turns[key] for key in keys}
-    hosts = jax.device_get(params)
-    del params
-    other = peers.load(model, hosts)
+    # What it says is forced, so its weights need not be ours.
+    other = peers.load(model, None)
     run = peers.rollout(other, codec, shown, turns, at_once)
     begin = time.perf_counter()
     played = run()
@@ -581,7 +583,7 @@ def rollout(size: Size, attempt: int, *, theirs: bool) -> list[dict]:
     if attempt:
       raise IndexError
     conversations = data.replay(shown, codec, turns)
-    run = ours.rollout(model, params, codec, shown, turns, conversations)
+    run = ours.rollout(model, weights(model), codec, shown, turns, conversations)
     played = run()
     begin = time.perf_counter()
     played = run()

@@ -7,6 +7,7 @@ precomputed, pictures are prepared once.  The only file that imports torch.  As 
 """
 
 import concurrent.futures
+import functools
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,20 +30,24 @@ CLIP = (0.2, 0.28)
 Model = transformers.Qwen2_5_VLForConditionalGeneration
 
 
-def load(config: ModelConfig, params: Any, *, gpu: bool | None = None) -> Model:
+def load(config: ModelConfig, params: Any | None, *, gpu: bool | None = None) -> Model:
   """Their model with our weights, on the GPU in bfloat16 where there is one.
 
   Args:
+    params: None = random weights of their own, made where the model is.
     gpu: False = on the CPU in float32 all the same; None = what is there.
   """
   torch.set_num_threads(len(os.sched_getaffinity(0)))  # as XLA does
   gpu = torch.cuda.is_available() if gpu is None else gpu
   described = transformers.Qwen2_5_VLConfig.from_dict(model_config.to_hf(config))
-  model = Model._from_config(
-    described,
-    attn_implementation="sdpa",
+  make = functools.partial(
+    Model._from_config, described, attn_implementation="sdpa",
     dtype=torch.bfloat16 if gpu else torch.float32,
-  )
+  )  # fmt: skip
+  if params is None:
+    with torch.device("cuda" if gpu else "cpu"):
+      return make().eval()
+  model = make()
   state = hf.export_state(config, params)
   with torch.no_grad():
     for name, p in model.named_parameters():
