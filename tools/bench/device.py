@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -96,6 +96,17 @@ class NoRoom(Exception):
   """The compiler's forecast is above the memory of the device."""
 
 
+class Smallest(Exception):
+  """A smaller size was asked for than the case has."""
+
+
+def smaller(sizes: Sequence, attempt: int) -> Any:
+  """The size of this attempt."""
+  if attempt >= len(sizes):
+    raise Smallest
+  return sizes[attempt]
+
+
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
   parser.add_argument("name", choices=[*accelerator.CASES, "compile-once"])
@@ -116,20 +127,19 @@ def main(argv: list[str] | None = None) -> int:
     "compile": compile_,
     "compile-once": compile_once,
   }[args.name]
+  rows = []
   try:
-    rows = case(SIZES[args.size], args.attempt)
-  except IndexError as error:
-    if args.attempt:
-      return accelerator.NO_SMALLER
-    raise error
+    for row in case(SIZES[args.size], args.attempt):
+      print(row, flush=True)
+      rows.append(row)
+      accelerator.write(pathlib.Path(args.json), json.dumps(rows))
+  except Smallest:
+    return accelerator.NO_SMALLER
   except Exception as error:
     if not is_room(error):
       raise
     print(f"no room: {error}")
     return accelerator.NO_MEMORY
-  for row in rows:
-    print(row)
-  pathlib.Path(args.json).write_text(json.dumps(rows))
   return 0
 
 
@@ -252,11 +262,11 @@ def filled_rows(size: Size, model, rows: int, share: float) -> list[list]:
 # ---- Training ------------------------------------------------------------------------
 
 
-def sft(size: Size, attempt: int, *, lora: bool) -> list[dict]:
+def sft(size: Size, attempt: int, *, lora: bool) -> Iterator[dict]:
   """Train steps of packed rows: text alone, as epochs with kept features are; then with
   pictures, the frozen tower in every step."""
   name = size.large if lora else size.small
-  rows, remat = (size.sft_large if lora else size.sft_small)[attempt]
+  rows, remat = smaller(size.sft_large if lora else size.sft_small, attempt)
   rows *= jax.device_count()
   changes = {
     "model.remat": remat, "data.rows": rows, "data.tokens": size.tokens,
@@ -264,7 +274,7 @@ def sft(size: Size, attempt: int, *, lora: bool) -> list[dict]:
     "lora.rank": 32 if lora else 0,
   }  # fmt: skip
   run = open_run(sft_configs, name, **changes)
-  state, out = state_of(run), []
+  state = state_of(run)
   for share in (0.0, PICTURES):
     examples = filled_rows(size, run.model, rows, share)
     state, row = train_step(run, state, examples, kept=not share)
@@ -275,8 +285,7 @@ def sft(size: Size, attempt: int, *, lora: bool) -> list[dict]:
     )
     if lora and "share" in row:
       row["goal"] = 0.42 if share else 0.5
-    out.append(row)
-  return out
+    yield row
 
 
 def train_step(run, state: dict, examples: list[list], *, kept: bool):
@@ -314,7 +323,7 @@ def train_step(run, state: dict, examples: list[list], *, kept: bool):
 
 def rl(size: Size, attempt: int) -> list[dict]:
   """One step with the script's rollouts, as train_rl.main has it, part by part."""
-  rows = (2, 1)[attempt]
+  rows = smaller((2, 1), attempt)
   with tempfile.TemporaryDirectory() as folder:
     codec = data.codec(size.script, folder)
   turns = data.script(size.script, codec.tokenizer)
@@ -411,16 +420,15 @@ def waves(x: jax.Array) -> jax.Array:
   return jnp.sin(sum((d + 1.3) * a for d, a in enumerate(at))).astype(x.dtype)
 
 
-def decode_(size: Size, attempt: int) -> list[dict]:
+def decode_(size: Size, attempt: int) -> Iterator[dict]:
   """A chunk of tokens in every slot; half of each context is the prompt of its group."""
-  chosen = size.slots[: len(size.slots) - attempt]
-  if not chosen:
-    raise IndexError
+  chosen = smaller([size.slots[:n] for n in range(len(size.slots), 0, -1)], attempt)
   bandwidth = compare.measure_limits(False)["bandwidth"]
-  return [row for slots in chosen for row in decode_in(size, slots, bandwidth)]
+  for slots in chosen:
+    yield from decode_in(size, slots, bandwidth)
 
 
-def decode_in(size: Size, B: int, bandwidth: float) -> list[dict]:
+def decode_in(size: Size, B: int, bandwidth: float) -> Iterator[dict]:
   """Figures of B slots, a row a context."""
   most, groups, chunk = max(size.contexts), B // GROUP, size.chunk
   e, p, params = open_engine(
@@ -460,7 +468,6 @@ def decode_in(size: Size, B: int, bandwidth: float) -> list[dict]:
     )
     held["told"] = np.asarray(logp), int(np.asarray(count).min())
 
-  out = []
   for context in size.contexts:
     seconds = timed(functools.partial(call, context)) / chunk
     logp, count = held["told"]
@@ -476,16 +483,14 @@ def decode_in(size: Size, B: int, bandwidth: float) -> list[dict]:
       "seconds": seconds, "rate": B / seconds, "unit": "tokens/s",
       "share": cost.bytes / bandwidth / seconds, "of": "bandwidth",
     }  # fmt: skip
-    out.append(row | told | peak() | ({"goal": 0.6} if B == 64 else {}))
-  return out
+    yield row | told | peak() | ({"goal": 0.6} if B == 64 else {})
 
 
-def prefill(size: Size, attempt: int) -> list[dict]:
+def prefill(size: Size, attempt: int) -> Iterator[dict]:
   """Prompts of one length into the cache of prompts."""
-  chosen = size.prefill[attempt:]
-  if not chosen:
-    raise IndexError
-  return [prefill_of(size, *shape) for shape in chosen]
+  smaller(size.prefill, attempt)
+  for shape in size.prefill[attempt:]:
+    yield prefill_of(size, *shape)
 
 
 def prefill_of(size: Size, R: int, T: int) -> dict:
@@ -527,9 +532,7 @@ def prefill_of(size: Size, R: int, T: int) -> dict:
 def vision(size: Size, attempt: int) -> list[dict]:
   """Pictures of one size through the tower."""
   count, patches = size.vision
-  count = count >> attempt
-  if not count:
-    raise IndexError
+  count = smaller([count >> n for n in range(count.bit_length())], attempt)
   run = open_run(rl_configs, size.large, jax.devices()[:1])
   params = {"vision": weights(run.model)["vision"]}
   side = round((patches / 4) ** 0.5)
@@ -562,12 +565,11 @@ def rollout(size: Size, attempt: int, *, theirs: bool) -> list[dict]:
     dtype="float32" if platform == "cpu" else "bfloat16",
   )  # fmt: skip
   turns = data.script(shown, codec.tokenizer)
-  count, at_once, what = len(turns), size.at_a_time >> attempt, "engine"
+  sizes = [size.at_a_time >> n for n in range(3)] if theirs else [None]
+  count, at_once, what = len(turns), smaller(sizes, attempt), "engine"
   if theirs:
     from pixel_jax.tools.bench import peers
 
-    if not at_once:
-      raise IndexError
     # One batch: all of them would take minutes.
     keys = list(turns)[:at_once]
     tasks = -(-at_once // shown.groups[1])
@@ -580,8 +582,6 @@ def rollout(size: Size, attempt: int, *, theirs: bool) -> list[dict]:
     played = run()
     seconds, what = time.perf_counter() - begin, f"generate, {at_once} at a time"
   else:
-    if attempt:
-      raise IndexError
     conversations = data.replay(shown, codec, turns)
     run = ours.rollout(model, weights(model), codec, shown, turns, conversations)
     played = run()
@@ -619,13 +619,12 @@ def compared(what: str, mine, theirs, allowed: float) -> dict:
   return {"what": what, "gap": gap, "allowed": allowed, "equal": bool(gap <= allowed)}
 
 
-def exact(size: Size, attempt: int) -> list[dict]:
+def exact(size: Size, attempt: int) -> Iterator[dict]:
   """Numbers of the device against torch on the CPU, and its matmul and bandwidth."""
-  if attempt:
-    raise IndexError
+  smaller((size,), attempt)
   from pixel_jax.tools.bench import peers
 
-  shape, out = data.SIZES[size.exact], []
+  shape = data.SIZES[size.exact]
   with tempfile.TemporaryDirectory() as folder:
     codec = data.codec(shape, folder)
   config = data.model(shape, codec.tokenizer, dtype="float32", remat="none")
@@ -644,21 +643,22 @@ def exact(size: Size, attempt: int) -> list[dict]:
       allowed = 0.1  # the tiny model's numbers are small sums of few
     with jax.default_matmul_precision("highest" if name == "float32" else "default"):
       weights_ = params if name == "float32" else qwen2_5_vl.cast(c, params)
-      out += [
-        compared(f"features, {name}", ours.vision(c, weights_, shown)(), seen, allowed),
-        compared(f"logits, {name}", ours.prefill(c, weights_, rows)(), said, allowed),
-      ]
+      pictures, words = (
+        ours.vision(c, weights_, shown)(),
+        ours.prefill(c, weights_, rows)(),
+      )
+    yield compared(f"features, {name}", pictures, seen, allowed)
+    yield compared(f"logits, {name}", words, said, allowed)
   with jax.default_matmul_precision("highest"):
-    out += sampler(shape, codec, config, params, other)
-  out += [kernel(platform), zoom(shape)]
+    found = sampler(shape, codec, config, params, other)
+  yield from (*found, kernel(platform), zoom(shape))
   limits = compare.measure_limits(False)
-  out.append(
+  yield (
     {
       "what": "matmul", "rate": limits["matmul_jax"] / 1e9, "unit": "GFLOP/s",
       **mfu(limits["matmul_jax"], 1.0, devices=1),
     }
   )  # fmt: skip
-  return out
 
 
 def sampler(shape, codec, config, params, other) -> list[dict]:
@@ -718,12 +718,10 @@ def zoom(shape) -> dict:
 # ---- Compiling -----------------------------------------------------------------------
 
 
-def compile_(size: Size, attempt: int) -> list[dict]:
+def compile_(size: Size, attempt: int) -> Iterator[dict]:
   """Two processes in turn: the first meets an empty cache, the second a full one."""
-  if attempt:
-    raise IndexError
+  smaller((size,), attempt)
   name = next(k for k, v in SIZES.items() if v is size)
-  out = []
   with tempfile.TemporaryDirectory() as folder:
     for how in ("no cache", "cached"):
       file = pathlib.Path(folder) / "rows.json"
@@ -739,9 +737,8 @@ def compile_(size: Size, attempt: int) -> list[dict]:
       subprocess.run(command, env=os.environ | cached, check=True)
       whole = time.perf_counter() - begin
       for row in json.loads(file.read_text()):
-        out.append(row | {"what": f"{row['what']}, {how}"})
-      out.append({"what": f"the whole process, {how}", "seconds": whole})
-  return out
+        yield row | {"what": f"{row['what']}, {how}"}
+      yield {"what": f"the whole process, {how}", "seconds": whole}
 
 
 def compile_once(size: Size, attempt: int) -> list[dict]:
