@@ -19,13 +19,11 @@ case "${1:-}" in
     cd "$root"
     python=${PYTHON:-python3}
     rm -rf "$wheels" && mkdir -p "$wheels"
-    pins=()
-    for name in $LACKS; do
-      pins+=("$(grep -i "^${name//_/[-_]}==" constraints/py312.txt | cut -d' ' -f1)")
-    done
+    # shellcheck disable=SC2086 # several names
     "$python" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$wheels" \
       --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
-      --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 "${pins[@]}"
+      --platform manylinux_2_17_x86_64 --constraint constraints/py312.txt $LACKS
+    rm -rf build # of an earlier wheel: what is no more there would come along
     "$python" -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir "$wheels" .
     du -sh "$wheels" && ls "$wheels"
     ;;

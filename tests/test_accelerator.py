@@ -53,9 +53,8 @@ def test_a_second_call_measures_what_is_missing(machine, tmp_path, capsys):
   ends += [1]  # a worse try does not take away what was measured
   assert accelerator.main([out, "--only=decode-7b"]) == 1
   told = json.loads((tmp_path / "report.json").read_text())["cases"]
-  assert (
-    told["decode-7b"]["rows"] == ROWS and "took more" in told["decode-7b"]["failed"]
-  )
+  assert told["decode-7b"]["rows"] == ROWS
+  assert "took more" in told["decode-7b"]["failed"]
   asked.clear()
   assert accelerator.main([out]) == 0
   assert names(asked) == [name for name in accelerator.CASES if name != "exact"]
@@ -109,7 +108,7 @@ def test_a_case_measures_and_says_when_there_is_no_smaller_one(tmp_path):
   assert device.main([*words, "--attempt=1"]) == accelerator.NO_SMALLER
 
 
-def test_the_forecast_decides_before_anything_runs(tmp_path, monkeypatch):
+def test_the_forecast_decides_before_anything_runs(monkeypatch):
   class Small:
     def memory_stats(self):
       return {"bytes_limit": 1000, "peak_bytes_in_use": 1}

@@ -131,11 +131,8 @@ def test_a_script_takes_what_is_printed(command):
   if script.suffix == ".py":
     return
   assert os.access(script, os.X_OK)
-  if script.stem in (
-    "local",
-    "test",
-    "accelerator",
-  ):  # they have no dry run: their help has the flags
+  # They have no dry run: their help has the flags.
+  if script.stem in ("local", "test", "accelerator"):
     shown = subprocess.run(
       [script, "--help"], capture_output=True, text=True, timeout=600
     )

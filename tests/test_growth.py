@@ -51,6 +51,13 @@ def test_a_source_is_opened_and_read(tmp_path, capsys):
   assert 0 < told["seconds"] < 600 and told["mib"] >= 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", growth.CASES)
+def test_every_case_is_measured(name):
+  case = growth.CASES[name]
+  assert case.measure(min(case.sizes)) > 0
+
+
 TEXT = """HloModule jit_update
 
 %fused (p0: f32[8,4], p1: f32[4,2]) -> f32[8,2] {
@@ -73,7 +80,7 @@ ENTRY %main (a: f32[8,4], b: f32[4,2]) -> f32[8,2] {
 def test_parts_add_up_to_what_was_spent():
   names = ("ynn_fusion", "dot.7", "copy_fusion", "while.3")
   spent = dict(zip(names, (3.0, 2.0, 0.5, 9.0)))
-  found = parts.add_up(parts.computations(TEXT), spent, dict.fromkeys(names, 10))
+  found = parts.add_up(TEXT, spent, dict.fromkeys(names, 10))
   by = {part["part"]: part for part in found}
   assert [p["seconds"] for p in found] == [3.0, 2.0, 0.5]  # a loop's time is its body's
   each = 2 * 8 * 2 * 4 * 10 / 1e9

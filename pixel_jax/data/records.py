@@ -212,14 +212,13 @@ def _short(error: BaseException) -> str:
 
 # Offsets while they are gathered: a list of pairs would take nine times their 16 bytes.
 numbers = functools.partial(array.array, "q")
-NONE = np.zeros((0, 2), np.int64)
 
 
 class _Spans:
   """JSON texts that lie in a file between offsets."""
 
   def __init__(self, path: pathlib.Path, spans: array.array):
-    self._spans = np.frombuffer(spans, np.int64).reshape(-1, 2) if spans else NONE
+    self._spans = np.array(spans, np.int64).reshape(-1, 2)
     self._file = os.open(path, os.O_RDONLY)
 
   def __del__(self, close=os.close):  # when the interpreter ends, `os` is gone first

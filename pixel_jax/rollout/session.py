@@ -92,7 +92,7 @@ class Session:
     self._prompts: dict[int, Conversation] = {}  # of groups that have begun
     self._starts: dict[int, Start] = {}  # slot -> who plays there
     self._operations: dict[int, Future[bool]] = {}  # slot -> under way
-    self._watch = _Stopwatch()
+    self._watch = Stopwatch()
     self._added = self._refused = 0  # groups; those whose prompts have no room
     self.refusal = ""  # why the last of them had none
 
@@ -304,7 +304,7 @@ class Session:
     }
 
 
-class _Stopwatch:
+class Stopwatch:
   """Seconds by phase; those of the device are told where the host waits: "decode"."""
 
   def __init__(self):

@@ -143,8 +143,7 @@ def examples(size: Size, config: ModelConfig, seed: int = 0) -> list[encode.Exam
   rng = np.random.default_rng(seed)
   out = []
   for _ in range(size.examples):
-    n = rng.lognormal(np.log(size.mean) - SIGMA**2 / 2, SIGMA)
-    n = int(np.clip(n, 24, size.row[1]))
+    n = int(np.clip(length(rng, size.mean), 24, size.row[1]))
     learned = round(n * (1 - UNSUPERVISED))
     given, share = n - learned, rng.uniform(0.3, 0.9)
     picture = None
@@ -153,6 +152,11 @@ def examples(size: Size, config: ModelConfig, seed: int = 0) -> list[encode.Exam
       picture = sides(max(1, int(most * share)), rng.uniform(0.5, 2.0))
     out.append(example(rng, config, n, picture, learned))
   return out
+
+
+def length(rng: np.random.Generator, mean: int) -> int:
+  """A log-normal one."""
+  return int(rng.lognormal(np.log(mean) - SIGMA**2 / 2, SIGMA))
 
 
 def example(rng, config, n, picture, learned) -> encode.Example:
@@ -242,8 +246,7 @@ def script(
       count = 1 if equal else int(rng.choice(len(TURNS), p=TURNS)) + 1
       turns = []
       for turn in range(count):
-        mean = np.log(size.turn) - SIGMA**2 / 2
-        n = size.turn if equal else int(rng.lognormal(mean, SIGMA))
+        n = size.turn if equal else length(rng, size.turn)
         last = turn == count - 1
         end = r"\boxed{A}" if last else _crop(rng)
         end = words.encode(end + template.END)

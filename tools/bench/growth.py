@@ -12,6 +12,7 @@ over the larger half of the sizes: 1 = linear, 0 = it costs the same.
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -58,9 +59,8 @@ def train(rows: int, tokens: int, fill: Callable) -> float:
   run = device.open_run(sft_configs, "tiny", **changes)
   rng = np.random.default_rng(0)
   examples = [fill(rng, run.model) for _ in range(rows)]
-  return device.train_step(run, device.state_of(run), examples, kept=False)[1][
-    "seconds"
-  ]
+  _, told = device.train_step(run, device.state_of(run), examples, kept=False)
+  return told["seconds"]
 
 
 def rows(n: int) -> float:
@@ -110,7 +110,7 @@ def launcher() -> str:
 
 def decode(slots: int, context: int) -> float:
   size = dataclasses.replace(device.SIZES["tiny"], contexts=(context,), chunk=16)
-  return device.decode_in(size, slots, 1.0)[0]["seconds"]
+  return next(device.decode_in(size, slots, 1.0))["seconds"]
 
 
 def groups(n: int) -> float:
@@ -139,24 +139,20 @@ def trajectories(n: int) -> float:
 
 
 def write_records(path: pathlib.Path, n: int) -> None:
-  row = {
-    "question": "Which symbol is on the red panel?",
-    "answer": "O",
-    "image": "0.png",
-  }
+  asked = "Which symbol is on the red panel?"
+  row = {"question": asked, "answer": "O", "image": "0.png"}
   with path.open("w") as f:
     for i in range(n):
       f.write(json.dumps(row | {"id": f"q{i}"}) + "\n")
 
 
+@functools.cache  # both of its figures are of one process
 def opened(n: int) -> dict[str, float]:
   """Of a process of its own that opens a file of n records and reads ten of them."""
   with tempfile.TemporaryDirectory() as folder:
     write_records(pathlib.Path(folder) / "all.jsonl", n)
-    command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--open"]
-    done = subprocess.run(
-      [*command, folder], check=True, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "pixel_jax.tools.bench.growth", f"--open={folder}"]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
   return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -214,9 +210,8 @@ CASES = {
 
 def slope(points: Sequence[Sequence[float]]) -> float:
   """Of the logarithms, by least squares over the larger half of the sizes."""
-  half = [(math.log(x), math.log(max(y, 1e-9))) for x, y in points][
-    len(points) // 2 - 1 :
-  ]
+  logs = [(math.log(x), math.log(max(y, 1e-9))) for x, y in points]
+  half = logs[len(logs) // 2 - 1 :]
   mean = [statistics.mean(axis) for axis in zip(*half)]
   up = sum((x - mean[0]) * (y - mean[1]) for x, y in half)
   return up / sum((x - mean[0]) ** 2 for x, _ in half)

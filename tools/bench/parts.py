@@ -21,12 +21,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 
-DOT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
-LINE = re.compile(r"\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)")
-HEADER = re.compile(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
-MODULES = {"sft": "jit_update", "decode": "jit_decode"}
+from pixel_jax.tools.compile import hlo
 
-Operations = dict[str, tuple[str, str, str]]  # name -> type, kind, the rest of its line
+DOT = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+MODULES = {"sft": "jit_update", "decode": "jit_decode"}
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
@@ -71,7 +69,7 @@ def measure(name: str, size: str, folder: str) -> dict:
   # The last one: where a state is given back in another place, a first compile is not used.
   text = max(glob.glob(f"{folder}/text/*{MODULES[name]}*cpu_after_optimizations.txt"))
   spent, count = read_trace(trace, MODULES[name])
-  parts = add_up(computations(pathlib.Path(text).read_text()), spent, count)
+  parts = add_up(pathlib.Path(text).read_text(), spent, count)
   limits = compare.measure_limits(False)
   return {
     "case": case.name, "wall_s": wall, "matmul": limits["matmul_jax"],
@@ -95,66 +93,51 @@ def read_trace(path: str, module: str) -> tuple[dict[str, float], dict[str, int]
   return spent, count
 
 
-def computations(text: str) -> dict[str, Operations]:
-  """The operations of every computation of a module's text."""
-  found: dict[str, Operations] = {}
-  for line in text.splitlines():
-    if header := HEADER.match(line):
-      current = found.setdefault(header[1], {})
-    elif op := LINE.match(line):
-      current[op[1]] = op[2], op[3], op[4]
-  return found
+def flops(dot: hlo.Op, around: Sequence[hlo.Op]) -> float:
+  """Of one matmul, an operation of the computation `around`."""
+  left = re.search(r"%([\w.\-]+)", dot.rest)[1]
+  ((_, lengths),) = next(op.arrays for op in around if op.name == left)
+  contracted = [int(n) for n in DOT.search(dot.rest)[1].split(",") if n]
+  ((_, shape),) = dot.arrays
+  return 2.0 * math.prod(shape) * math.prod(lengths[i] for i in contracted)
 
 
-def sizes(kind: str) -> list[int]:
-  found = re.match(r"\w+\[([\d,]*)\]", kind)
-  return [int(n) for n in found[1].split(",")] if found and found[1] else []
+def add_up(text: str, spent: dict, count: dict) -> list[dict]:
+  """Parts by their time: seconds, calls and FLOPs.
 
-
-def flops(rest: str, kind: str, around: Operations) -> float:
-  """Of one matmul, a line of the computation `around`."""
-  left = re.search(r"%([\w.\-]+)", rest)[1]
-  lengths = sizes(around[left][0])
-  contracted = [int(n) for n in DOT.search(rest)[1].split(",") if n]
-  return 2.0 * math.prod(sizes(kind)) * math.prod(lengths[i] for i in contracted)
-
-
-def add_up(found: dict[str, Operations], spent: dict, count: dict) -> list[dict]:
-  """Parts by their time: seconds, calls and FLOPs."""
+  Args:
+    text: of the compiled module.
+  """
+  found, _ = hlo.parse(text)
   parts: dict[str, collections.Counter] = collections.defaultdict(collections.Counter)
   for around in found.values():
-    for name, (kind, op, rest) in around.items():
-      if name not in spent or op in ("while", "conditional", "call"):
+    for op in around:
+      if op.name not in spent or op.kind in ("while", "conditional", "call"):
         continue  # the time of a loop is that of what it holds
-      inner = (
-        found.get(m[1], {}) if (m := re.search(r"calls=%([\w.\-]+)", rest)) else {}
-      )
-      lines = [(kind, op, rest, around), *((*line, inner) for line in inner.values())]
-      work = sum(flops(r, k, where) for k, o, r, where in lines if o == "dot")
-      part = parts[part_of(name, op, rest, work)]
-      part.update(
-        seconds=spent[name], calls=count[name], gflop=work * count[name] / 1e9
-      )
+      held = dict(hlo.CALL.findall(op.rest)).get("calls")
+      inner = found.get(held, [])
+      work = sum(flops(dot, inner) for dot in inner if dot.kind == "dot")
+      work += flops(op, around) if op.kind == "dot" else 0
+      parts[part_of(op, work)].update(
+        seconds=spent[op.name], calls=count[op.name],
+        gflop=work * count[op.name] / 1e9,
+      )  # fmt: skip
   ordered = sorted(parts.items(), key=lambda item: -item[1]["seconds"])
   return [{"part": name, **values} for name, values in ordered]
 
 
-def part_of(name: str, op: str, rest: str, work: float) -> str:
+def part_of(op: hlo.Op, work: float) -> str:
   """What an operation is for: by its equation where it is a matmul, else by its kind."""
-  scope = m[1] if (m := re.search(r'op_name="([^"]*)"', rest)) else ""
+  scope = m[1] if (m := re.search(r'op_name="([^"]*)"', op.rest)) else ""
   if work:
     if re.search(r"window_attention|[BR]?K[A-Z]*S|BN[A-Z]*,BN", scope):
       return "matmuls of attention"
     if re.search(r"V,|V-|V/", scope):
       return "matmuls of the head"
     return "matmuls with weights"
-  if (
-    "dynamic-slice" in name
-    or "dynamic-update-slice" in name
-    or name.startswith("slice")
-  ):
+  if re.match(r"slice|.*dynamic-(update-)?slice", op.name):
     return "slices of stacked layers and of the cache"
-  if "copy" in name or "transpose" in name:
+  if "copy" in op.name or "transpose" in op.name:
     return "copies and transposes"
   return "elementwise and sums"
 

@@ -61,11 +61,13 @@ EFFORT = flags.DEFINE_float(
 TABLE = flags.DEFINE_string("table", None, "A folder: checks what presets it lacks.")
 CELLS = flags.DEFINE_integer("cells", 1000, "How many; 0 = only write the table.")
 SHARE = 0.92  # of the memory: the rest is fragmentation and what jax itself needs
-# What compiles, as far as it is installed: CUDA 12 or 13, or TPUs.
-PACKAGES = (
-  "jax", "jaxlib", "libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12",
-  "jax-cuda13-plugin", "nvidia-cuda-nvcc",
-)  # fmt: skip
+PACKAGES = ("jax", "jaxlib")
+COMPILERS = {  # else libtpu; of CUDA 12 or 13, whichever is installed
+  "h200": (
+    "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12", "jax-cuda13-plugin",
+    "nvidia-cuda-nvcc",
+  )
+}  # fmt: skip
 # What the TPU compiler asks the machine and there is no machine to answer.
 ENVIRONMENT = {
   "TPU_SKIP_MDS_QUERY": "1",
@@ -113,7 +115,9 @@ def main(config):
     "command": " ".join(["pixel-jax compile-check", *sys.argv[1:]]),
     "date": now(),
     "versions": {
-      p: importlib.metadata.version(p) for p in PACKAGES if _is_installed(p)
+      p: importlib.metadata.version(p)
+      for p in (*PACKAGES, *COMPILERS.get(name.partition(":")[0], ("libtpu",)))
+      if _is_installed(p)
     },
     "effort": EFFORT.value,
     "programs_of": "the largest of each kind" if LARGEST.value else "every bucket",
